@@ -1,0 +1,1 @@
+"""Content-addressed, checksummed artifacts: manifest, store, Zarr arrays, failed-row ledger."""

@@ -1,0 +1,139 @@
+"""Artifact store: `<store>/<stage>/<content hash>/` with a MANIFEST.json written last.
+
+An artifact is built in `<hash>.building/`, which survives a kill so that the stage can continue, and is
+renamed when its manifest is complete. A folder without a manifest does not exist for readers. A corrupt
+artifact is named, moved to `quarantine/` and rebuilt.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from genrec_dist.artifacts.files import canonical_json, read_json, sha256_file, write_json
+from genrec_dist.config import check_name
+from genrec_dist.errors import ArtifactError
+
+MANIFEST = "MANIFEST.json"
+
+
+def content_key(name: str, version: int, settings: dict, inputs: dict[str, str]) -> str:
+    """Content hash (16 hex digits) of a stage: code version, resolved settings, hashes of its inputs."""
+    text = canonical_json({"stage": name, "version": version, "settings": settings, "inputs": inputs})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+class ArtifactStore:
+    """Content-addressed artifacts under one root folder.
+
+    Args:
+        root: folder of the store, made when missing.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).resolve()
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._verified: set[Path] = set()
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where the finished artifact lives (whether or not it exists)."""
+        return self.root / check_name(stage, "stage") / check_name(key, "key")
+
+    def exists(self, stage: str, key: str) -> bool:
+        """True when a manifest is there; says nothing about the bytes (see `verify`)."""
+        return (self.path(stage, key) / MANIFEST).is_file()
+
+    def verify(self, stage: str, key: str) -> list[str]:
+        """Problems of a finished artifact, empty when every file has the recorded size and SHA-256."""
+        folder = self.path(stage, key)
+        try:
+            recorded = read_json(folder / MANIFEST)["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return [f"{MANIFEST}: {type(error).__name__}: {error}"]
+        problems = []
+        for name, entry in recorded.items():
+            file = folder / name
+            if not file.is_file():
+                problems.append(f"{name}: missing")
+            elif file.stat().st_size != entry["bytes"]:
+                problems.append(f"{name}: {file.stat().st_size} bytes, recorded {entry['bytes']}")
+            elif sha256_file(file) != entry["sha256"]:
+                problems.append(f"{name}: SHA-256 differs from the recorded one")
+        extra = {str(p.relative_to(folder)) for p in _files(folder)} - set(recorded)
+        return problems + [f"{name}: not in the manifest" for name in sorted(extra)]
+
+    def open(self, stage: str, key: str) -> Path:
+        """Folder of a finished, verified artifact (bytes are checked once a process).
+
+        Raises:
+            ArtifactError: missing, or corrupt (then it has been moved to quarantine).
+        """
+        folder = self.path(stage, key)
+        if not self.exists(stage, key):
+            raise ArtifactError("no such artifact", where=folder, fix="run the stage that builds it")
+        if folder not in self._verified:
+            problems = self.verify(stage, key)
+            if problems:
+                target = self.quarantine(stage, key)
+                raise ArtifactError(
+                    "artifact is corrupt and was moved to quarantine",
+                    where=folder,
+                    got="; ".join(problems[:5]),
+                    expected="the sizes and SHA-256 of its manifest",
+                    fix=f"run the same command again to rebuild it; the bad copy is {target}",
+                )
+            self._verified.add(folder)
+        return folder
+
+    def quarantine(self, stage: str, key: str) -> Path:
+        """Move an artifact out of the way and return where it went."""
+        target = self.root / "quarantine" / f"{stage}-{key}-{time.time_ns()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.path(stage, key), target)
+        self._verified.discard(self.path(stage, key))
+        return target
+
+    @contextmanager
+    def building(self, stage: str, key: str) -> Iterator[Path]:
+        """Exclusive work folder of an artifact; what a killed build left is still in it.
+
+        A second process that wants the same artifact waits here for the first.
+        """
+        final = self.path(stage, key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with open(final.with_name(f".{key}.lock"), "w", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            folder = final.with_name(f"{key}.building")
+            folder.mkdir(exist_ok=True)
+            yield folder
+
+    def finish(self, stage: str, key: str, description: dict) -> Path:
+        """Checksum the work folder, write its manifest last, and rename it into place.
+
+        Call inside `building`. `scratch/` inside the work folder (checkpoints of a running stage) is dropped.
+        """
+        final = self.path(stage, key)
+        folder = final.with_name(f"{key}.building")
+        shutil.rmtree(folder / "scratch", ignore_errors=True)
+        files = {
+            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+            for p in _files(folder)
+        }
+        write_json(folder / MANIFEST, {"stage": stage, "key": key, **description, "files": files})
+        os.replace(folder, final)
+        self._verified.add(final)
+        return final
+
+    def discard_building(self, stage: str, key: str) -> None:
+        """Throw away an unfinished build."""
+        shutil.rmtree(self.path(stage, key).with_name(f"{key}.building"), ignore_errors=True)

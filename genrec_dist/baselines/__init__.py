@@ -1,0 +1,1 @@
+"""Reference recommenders in the same harness."""

@@ -1,0 +1,1 @@
+"""Raw interactions and metadata -> items, sequences, statistics, ledger."""

@@ -1,0 +1,107 @@
+"""Reading a finished catalog artifact.
+
+The artifact holds
+- items.parquet: item_index int32 (= row, 0..N-1, rank of item_id), item_id string, title, brand, description
+  string (null when missing), categories list<string> (paths 'A > B > C', empty when missing), price float64;
+- sequences.parquet: user_index int32 (= row), user_id string, items list<int32>, timestamps list<int64>
+  (seconds; null when the source has none), in the configured order;
+- stats.json, ledger.parquet, ledger.json.
+
+Leave-one-out split: the last item of a user is the test target, the one before it the validation target,
+the rest is for training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+NO_TIMESTAMP = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All user sequences in CSR layout.
+
+    Shapes:
+        indptr: (num_users + 1,) int64; user u owns items[indptr[u] : indptr[u + 1]].
+        items: (num_interactions,) int32 item indices.
+        timestamps: (num_interactions,) int64 seconds, NO_TIMESTAMP when missing.
+    """
+
+    indptr: np.ndarray
+    items: np.ndarray
+    timestamps: np.ndarray
+    num_items: int
+
+    @property
+    def num_users(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.indptr)
+
+    def split_ends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Global end positions of the train part, and positions of the validation and test targets.
+
+        Users with fewer than 3 interactions have no held-out target: their positions are -1 and the
+        train part is the whole sequence.
+
+        Shapes:
+            returns: three (num_users,) int64 arrays of positions in `items`.
+        """
+        ends = self.indptr[1:]
+        split = self.lengths >= 3
+        train_end = np.where(split, ends - 2, ends)
+        return train_end, np.where(split, ends - 2, -1), np.where(split, ends - 1, -1)
+
+    def tied_users(self) -> np.ndarray:
+        """True for users whose validation and test item bear the same timestamp (order not knowable).
+
+        Shapes:
+            returns: (num_users,) bool; a missing timestamp counts as a tie.
+        """
+        _, valid, test = self.split_ends()
+        has = test >= 0
+        a, b = self.timestamps[np.maximum(valid, 0)], self.timestamps[np.maximum(test, 0)]
+        return has & ((a == b) | (a == NO_TIMESTAMP) | (b == NO_TIMESTAMP))
+
+
+class Catalog:
+    """A finished catalog artifact.
+
+    Args:
+        folder: artifact folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        table = pq.read_table(self.folder / "sequences.parquet", columns=["items", "timestamps"])
+        items = table["items"].combine_chunks()
+        stamps = table["timestamps"].combine_chunks()
+        return Sequences(
+            indptr=np.asarray(items.offsets, dtype=np.int64) - items.offsets[0].as_py(),
+            items=items.flatten().to_numpy().astype(np.int32),
+            timestamps=stamps.flatten().fill_null(int(NO_TIMESTAMP)).to_numpy().astype(np.int64),
+            num_items=self.num_items,
+        )
+
+    @cached_property
+    def num_items(self) -> int:
+        return pq.read_metadata(self.folder / "items.parquet").num_rows
+
+    @cached_property
+    def item_ids(self) -> list[str]:
+        return pq.read_table(self.folder / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
+
+    @cached_property
+    def titles(self) -> list[str | None]:
+        return pq.read_table(self.folder / "items.parquet", columns=["title"])["title"].to_pylist()

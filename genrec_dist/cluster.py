@@ -1,0 +1,91 @@
+"""Starting and leaving Ray: private on this machine, or by address. Token authentication is always on.
+
+A private Ray listens on loopback only and uses a token made for this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from genrec_dist.config import RuntimeConfig
+from genrec_dist.errors import ClusterError
+
+_started_here = False
+
+
+def worker_threads(runtime: RuntimeConfig) -> int:
+    """CPU threads of one training or evaluation worker."""
+    return runtime.num_threads or max(1, (os.cpu_count() or 1) // runtime.num_workers)
+
+
+def ensure_ray(runtime: RuntimeConfig) -> Any:
+    """Return the `ray` module with a live session, starting or joining one if needed.
+
+    Raises:
+        ClusterError: Ray cannot be started or the address does not answer.
+    """
+    global _started_here
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if runtime.ray_address is None and not _token_present():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+    if runtime.ray_address is None:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "num_cpus": max(os.cpu_count() or 1, runtime.num_workers, runtime.num_embed_workers),
+            "object_store_memory": _object_store_bytes(),
+        }
+    else:
+        options["address"] = runtime.ray_address
+    root = str(Path(__file__).resolve().parents[1])
+    python_path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+    options["runtime_env"] = {"env_vars": {"PYTHONPATH": python_path}}
+    try:
+        ray.init(**options)
+    except Exception as error:
+        raise ClusterError(
+            "Ray could not be started" if runtime.ray_address is None else "Ray cluster does not answer",
+            where="runtime.ray_address",
+            got=f"{type(error).__name__}: {error}",
+            expected=runtime.ray_address or "a private Ray on this machine",
+            fix="check memory and ports, `genrec doctor`, or set runtime.backend=local",
+        ) from error
+    _started_here = True
+    return ray
+
+
+def _token_present() -> bool:
+    return bool(
+        os.environ.get("RAY_AUTH_TOKEN")
+        or os.environ.get("RAY_AUTH_TOKEN_PATH")
+        or (Path.home() / ".ray" / "auth_token").exists()
+    )
+
+
+def _object_store_bytes() -> int:
+    import psutil
+
+    return int(min(2 << 30, psutil.virtual_memory().available // 4))
+
+
+def leave_ray() -> None:
+    """Shut down the session that this process started, if any."""
+    global _started_here
+    if _started_here:
+        import ray
+
+        ray.shutdown()
+        _started_here = False

@@ -1,0 +1,1 @@
+"""Sequence backbones and PRORec Stage I fusion."""

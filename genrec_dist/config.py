@@ -1,0 +1,421 @@
+"""The whole configuration as pydantic models; YAML files only fill them.
+
+Every section but `runtime`, `report`, `name` and `references` decides what an artifact contains and
+therefore enters its content hash. `runtime` says where and how fast the work is done, never what comes out.
+Unknown keys are refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from genrec_dist.errors import ConfigError
+
+NAME_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+
+
+def check_name(name: str, where: str = "name") -> str:
+    """Return `name` if it is safe as one path component.
+
+    Raises:
+        ConfigError: anything but letters, digits, '.', '_' and '-', or a leading dot.
+    """
+    if not NAME_PATTERN.match(name):
+        raise ConfigError(
+            "not a valid name",
+            where=where,
+            got=repr(name),
+            expected="letters, digits, '.', '_', '-', starting with a letter or digit, at most 100",
+            fix="choose a plain name; it becomes a folder",
+        )
+    return name
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True)
+
+
+class SyntheticConfig(Section):
+    """Embedded synthetic catalog in the raw Amazon-2014 format (see catalog/synth.py)."""
+
+    num_items: int = Field(1200, ge=50)
+    num_users: int = Field(3000, ge=50)
+    seed: int = 0
+
+
+class CatalogConfig(Section):
+    """Raw interactions and metadata -> items, sequences, statistics, ledger."""
+
+    source: Literal["parquet", "amazon2014", "amazon2018", "amazon2023", "synthetic"] = "parquet"
+    path: str | None = Field(
+        None,
+        description="folder of the data set; a relative path is looked for in $GENREC_DATA, ./data and ../shared/data",
+    )
+    interactions: str | None = Field(
+        None, description="file or glob inside `path`; default by source"
+    )
+    items: str | None = Field(
+        None, description="metadata file or glob inside `path`; default by source"
+    )
+    synthetic: SyntheticConfig = SyntheticConfig()
+    order: Literal["time", "file"] = "time"
+    min_user_interactions: int = Field(5, ge=0, description="iterative k-core; 0 or 1 keeps all")
+    min_item_interactions: int = Field(5, ge=0)
+    duplicates: Literal["first", "keep"] = "first"
+    unknown_items: Literal["keep", "drop"] = "keep"
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _path_or_synthetic(self) -> CatalogConfig:
+        if self.source != "synthetic" and self.path is None:
+            raise ValueError("catalog.path is needed for every source but 'synthetic'")
+        return self
+
+
+class SemanticConfig(Section):
+    """Item text -> embeddings."""
+
+    engine: Literal["sentence_transformers", "transformers"] = "sentence_transformers"
+    model: str = Field(
+        "minilm",
+        description="'minilm' (packaged all-MiniLM-L6-v2), a local folder or a hub id",
+    )
+    template: str = Field(
+        "title: {title}; brand: {brand}; categories: {categories}; description: {description}",
+        description="fields separated by '; ', a segment whose field is missing is left out",
+    )
+    max_tokens: int = Field(128, ge=4)
+    normalize: bool = True
+    rows_per_shard: int = Field(4096, ge=1)
+    max_failed_fraction: float = Field(0.0, ge=0, le=1)
+
+
+class OptimConfig(Section):
+    """Optimiser, schedule and stopping, shared by every gradient loop."""
+
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(200, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: float = Field(1.0, ge=0, description="0 disables clipping")
+    batch_size: int = Field(256, ge=1, description="global batch, over all workers")
+    epochs: int = Field(20, ge=1)
+    evaluate_every: int = Field(1, ge=1, description="epochs between validations")
+    patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before stopping")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast where the device has it, else fp32"
+    )
+    length_buckets: int = Field(
+        0, ge=0, description="batches per window sorted by history length; 0 keeps the plain shuffle"
+    )
+
+
+class FusionConfig(Section):
+    """PRORec Stage I: sequence backbone, modality adaption layer, alignment."""
+
+    mode: Literal["joint", "concat_pca"] = Field(
+        "joint", description="concat_pca: the naive concatenation baseline of PRORec section 4.3"
+    )
+    backbone: Literal["din", "sasrec"] = "din"
+    dim: int = Field(128, ge=4)
+    num_layers: int = Field(2, ge=1, description="self-attention layers (backbone sasrec)")
+    num_heads: int = Field(2, ge=1)
+    max_history: int = Field(20, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    attention: Literal["dot", "mlp"] = Field(
+        "dot", description="activation unit of DIN: bilinear, or the MLP of the DIN paper"
+    )
+    item_input: Literal["sum", "collaborative"] = Field(
+        "sum", description="what the sequence model reads: E_C + E_T, or E_C alone"
+    )
+    loss: Literal["full_softmax", "sampled_softmax"] = "full_softmax"
+    num_negatives: int = Field(512, ge=1, description="uniform negatives shared by a batch (sampled)")
+    similarity: Literal["dot", "cosine"] = "cosine"
+    temperature: float = Field(0.07, gt=0, description="of the next-item softmax, cosine only")
+    align_weight: float = Field(1.0, ge=0, description="alpha of equation 5")
+    align_temperature: float = Field(0.07, gt=0, description="tau of equation 3")
+    align_similarity: Literal["dot", "cosine"] = "cosine"
+    align_positive_in_denominator: bool = Field(
+        True, description="False: equation 3 to the letter (j != i in the denominator)"
+    )
+    integrated: Literal["concat", "sum", "collaborative"] = "concat"
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> FusionConfig:
+        if self.dim % self.num_heads:
+            raise ValueError(f"fusion.dim {self.dim} must be a multiple of num_heads {self.num_heads}")
+        if self.attention == "mlp" and self.loss == "full_softmax":
+            raise ValueError(
+                "fusion.attention 'mlp' scores every candidate with its own MLP: use loss 'sampled_softmax'"
+            )
+        return self
+
+
+class IdentifierConfig(Section):
+    """Integrated embeddings -> one code sequence an item."""
+
+    tokenizer: Literal["hierarchical_kmeans"] = "hierarchical_kmeans"
+    num_clusters: int = Field(256, ge=2, description="K")
+    balanced: bool = False
+    iterations: int = Field(30, ge=1)
+    num_starts: int = Field(1, ge=1)
+
+
+class GeneratorConfig(Section):
+    """PRORec Stage II: encoder-decoder over item codes."""
+
+    dim: int = Field(128, ge=8)
+    num_heads: int = Field(4, ge=1)
+    num_encoder_layers: int = Field(1, ge=1)
+    num_decoder_layers: int = Field(4, ge=1)
+    ffn_multiplier: int = Field(4, ge=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    max_history: int = Field(20, ge=1)
+    encoder_input: Literal["item", "codes"] = Field(
+        "item", description="one Stage I embedding an item, or its code sequence"
+    )
+    head: Literal["per_level", "child"] = Field(
+        "child", description="per_level: K logits a level (paper); child: softmax over a node's children"
+    )
+    head_similarity: Literal["dot", "cosine"] = "cosine"
+    head_temperature: float = Field(0.07, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    distill_weight: float = Field(1.0, ge=0, description="beta of equation 8; 0 removes the token")
+    distill_position: Literal["end", "start"] = Field(
+        "end", description="end: after the codes (paper); start: before them, so it sees only the user"
+    )
+    distill_negatives: int = Field(0, ge=0, description="random negatives of equation 7; 0: the whole catalog")
+    distill_similarity: Literal["dot", "cosine"] = "cosine"
+    distill_temperature: float = Field(0.07, gt=0)
+    train_item_embeddings: bool = Field(
+        True, description="fine-tune the Stage I table that feeds the encoder and starts the nodes"
+    )
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> GeneratorConfig:
+        if self.dim % self.num_heads:
+            raise ValueError(f"generator.dim {self.dim} must be a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class SasrecConfig(Section):
+    """SASRec reference with full-catalog cross-entropy."""
+
+    dim: int = Field(128, ge=4)
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(2, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    max_history: int = Field(20, ge=1)
+    similarity: Literal["inner", "cosine"] = "cosine"
+    temperature: float = Field(0.07, gt=0)
+    optim: OptimConfig = OptimConfig()
+
+
+class EvaluationConfig(Section):
+    """Full-ranking leave-one-out evaluation."""
+
+    cutoffs: list[int] = [1, 5, 10, 20]
+    beam_width: int = Field(50, ge=1)
+    mix_weight: float = Field(
+        0.0, ge=0, description="weight of the distillation token's dense log-probability beside the beam's"
+    )
+    bootstrap_samples: int = Field(1000, ge=0)
+    exact_users: int = Field(
+        1000, ge=0, description="users scored over the whole catalog to check the beam; 0 skips"
+    )
+    validation_users: int = Field(0, ge=0, description="users of the validation during training; 0: all")
+    validation_beam: int = Field(20, ge=1)
+
+    @field_validator("cutoffs")
+    @classmethod
+    def _sorted(cls, value: list[int]) -> list[int]:
+        if not value or min(value) < 1:
+            raise ValueError("cutoffs must be positive integers")
+        return sorted(set(value))
+
+    @model_validator(mode="after")
+    def _beam(self) -> EvaluationConfig:
+        if self.beam_width < max(self.cutoffs):
+            raise ValueError(f"evaluation.beam_width {self.beam_width} is below the largest cutoff {max(self.cutoffs)}")
+        return self
+
+
+Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine"]
+
+
+class ReportConfig(Section):
+    """What the HTML report adds; nothing here changes a result."""
+
+    tsne_items: int = Field(3000, ge=0, description="items in the t-SNE figure; 0 leaves it out")
+    paper_table: str | None = Field(None, description="data set of PRORec Table 3: beauty, sports or toys")
+
+
+class RuntimeConfig(Section):
+    """Where and how fast; never part of a content hash."""
+
+    backend: Literal["ray", "local"] = Field("ray", description="local: one plain process, no Ray")
+    ray_address: str | None = Field(None, description="None starts a private Ray on this machine")
+    num_workers: int = Field(1, ge=1, description="training and evaluation workers")
+    num_embed_workers: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int = Field(0, ge=0, description="CPU threads a worker; 0: cores over workers")
+    engine: Literal["auto", "torch", "deepspeed"] = Field(
+        "auto", description="auto: deepspeed under Ray, torch in a plain process"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    checkpoint_minutes: float = Field(1.0, ge=0, description="minutes between checkpoints; 0: every epoch only")
+    keep_checkpoints: int = Field(2, ge=1)
+    embed_batch_size: int = Field(64, ge=1)
+    eval_batch_size: int = Field(256, ge=1)
+    max_failures: int = Field(1, ge=0, description="retries after real failures")
+    max_preemptions: int = Field(10, ge=0, description="retries after node loss")
+    progress_seconds: float = Field(15.0, gt=0, description="between plain progress lines")
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = "run"
+    method: Literal["prorec", "sasrec", "popularity"] = "prorec"
+    seed: int = Field(0, ge=0)
+    catalog: CatalogConfig = CatalogConfig(source="synthetic")
+    semantic: SemanticConfig = SemanticConfig()
+    fusion: FusionConfig = FusionConfig()
+    identifiers: IdentifierConfig = IdentifierConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    sasrec: SasrecConfig = SasrecConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    references: list[Reference] = ["popularity", "sasrec_cosine"]
+    report: ReportConfig = ReportConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not NAME_PATTERN.match(value):
+            raise ValueError("letters, digits, '.', '_', '-' only, starting with a letter or digit")
+        return value
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration, sections included."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            keys += known_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def nearest_key(key: str) -> str | None:
+    """The known dotted key most like `key`, or None."""
+    keys = known_keys()
+    by_leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys], 1, 0.6)
+    close = difflib.get_close_matches(key, keys, 1, 0.6)
+    if close:
+        return close[0]
+    if by_leaf:
+        return next(k for k in keys if k.rsplit(".", 1)[-1] == by_leaf[0])
+    return None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split 'a.b=value'; the value is read as YAML.
+
+    Raises:
+        ConfigError: no '=' or the value is not YAML.
+    """
+    key, sep, raw = text.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError("not a setting", where="--set", got=text, expected="section.key=value")
+    try:
+        return key.strip(), yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError("value is not YAML", where=f"--set {key}", got=raw, fix="quote it") from error
+
+
+def _merge(base: dict, key: str, value: Any) -> None:
+    parts = key.split(".")
+    for part in parts[:-1]:
+        nested = base.setdefault(part, {})
+        if not isinstance(nested, dict):
+            raise ConfigError("not a section", where=key, got=nested, expected="a mapping")
+        base = nested
+    base[parts[-1]] = value
+
+
+def build_config(values: dict, overrides: list[str] | None = None, where: str = "config") -> Config:
+    """Validate a mapping (plus 'a.b=c' overrides) into a Config.
+
+    Raises:
+        ConfigError: unknown key (dotted path and nearest name) or bad value, every one listed.
+    """
+    values = _copy(values)
+    for text in overrides or []:
+        _merge(values, *parse_override(text))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"]) or "(whole)"
+            if item["type"] == "extra_forbidden":
+                near = nearest_key(key)
+                problems.append(f"{key}: unknown key" + (f"; nearest: {near}" if near else ""))
+            else:
+                problems.append(f"{key}: {item['msg']}; got {item.get('input')!r:.200}")
+        raise ConfigError(
+            "configuration is not valid",
+            where=where,
+            got="\n       ".join(problems),
+            fix="`genrec config show CONFIG` prints every key with its value",
+        ) from None
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return list(value) if isinstance(value, list) else value
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and validate it.
+
+    Raises:
+        ConfigError: missing file, not YAML, not a mapping, unknown key or bad value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError("no such configuration file", where=path, fix="see configs/ for examples")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("configuration is not YAML", where=path, got=str(error)) from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError("configuration is not a mapping", where=path, got=type(values).__name__)
+    values.setdefault("name", path.stem)
+    return build_config(values, overrides, where=str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

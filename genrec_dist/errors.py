@@ -1,0 +1,103 @@
+"""Typed errors of the project, each with the exit code of the command line.
+
+Every error says what went wrong, where, what was found, what was expected and how to mend it.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_DATA = 3
+EXIT_CLUSTER = 4
+EXIT_TRAINING = 5
+EXIT_FAILED_ROWS = 6
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+
+class GenrecError(Exception):
+    """Base of all errors that a user can mend.
+
+    Args:
+        what: one sentence saying what went wrong.
+        where: dotted config key, file path or line.
+        got: the value found.
+        expected: what would have been right.
+        fix: what to do about it.
+    """
+
+    exit_code = EXIT_BUG
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        got: object = None,
+        expected: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.where, self.got, self.expected, self.fix = what, where, got, expected, fix
+        super().__init__(self.__str__())
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, value in (
+            ("where", self.where),
+            ("got", self.got),
+            ("expected", self.expected),
+            ("fix", self.fix),
+        ):
+            if value is not None:
+                lines.append(f"  {label}: {value}")
+        return "\n".join(lines)
+
+    def __reduce__(self):  # keyword-only arguments survive the trip through a Ray worker
+        return _rebuild, (type(self), self.what, self.where, self.got, self.expected, self.fix)
+
+
+def _rebuild(cls, what, where, got, expected, fix):
+    return cls(what, where=where, got=got, expected=expected, fix=fix)
+
+
+class ConfigError(GenrecError):
+    """A setting is unknown, malformed or contradicts another."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(GenrecError):
+    """Input data are missing, broken beyond the configured fraction or of the wrong shape."""
+
+    exit_code = EXIT_DATA
+
+
+class ArtifactError(GenrecError):
+    """A stored artifact is missing or does not match its manifest."""
+
+    exit_code = EXIT_DATA
+
+
+class ClusterError(GenrecError):
+    """Ray, a worker or a resource is not available."""
+
+    exit_code = EXIT_CLUSTER
+
+
+class TrainingError(GenrecError):
+    """Training cannot go on: non-finite loss, or retries exhausted."""
+
+    exit_code = EXIT_TRAINING
+
+
+class CheckpointError(GenrecError):
+    """No valid checkpoint where one is required, or one does not fit the model."""
+
+    exit_code = EXIT_TRAINING
+
+
+class FailedRowsError(GenrecError):
+    """The work finished, with more failed rows than the configuration allows."""
+
+    exit_code = EXIT_FAILED_ROWS

@@ -1,0 +1,1 @@
+"""Full-ranking metrics, protocol, exact check."""

@@ -1,0 +1,1 @@
+"""Stage II models: codes of the next item."""

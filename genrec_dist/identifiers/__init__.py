@@ -1,0 +1,1 @@
+"""Embeddings -> item codes, trie, quality."""

@@ -1,0 +1,185 @@
+"""Stages and their execution: each reads finished artifacts and writes exactly one.
+
+`execute` walks the stages in order, reuses what the store holds, builds the rest, and records everything in
+the run folder. It knows nothing of what a stage does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from genrec_dist.artifacts.files import read_jsonl, write_json
+from genrec_dist.artifacts.store import ArtifactStore, content_key
+from genrec_dist.config import RuntimeConfig
+from genrec_dist.errors import ArtifactError
+from genrec_dist.runs import RunFolder
+
+
+@dataclass
+class StageContext:
+    """What a stage's build function may use.
+
+    Args:
+        out: work folder; what is in it after the build becomes the artifact. `out/scratch` is kept over a
+            kill and dropped at the end.
+        inputs: folder of each finished input artifact.
+        runtime: where and how fast; never decides the content.
+        key: content hash of the stage.
+        on_event: receives (kind, fields) for events.jsonl.
+    """
+
+    out: Path
+    inputs: dict[str, Path]
+    runtime: RuntimeConfig
+    key: str = ""
+    on_event: Callable[..., None] | None = None
+    _last: float = field(default=0.0, repr=False)
+
+    @property
+    def scratch(self) -> Path:
+        path = self.out / "scratch"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record an event of the run."""
+        if self.on_event is not None:
+            self.on_event(kind, **fields)
+
+    def progress(self, done: float, total: float, unit: str, **info: Any) -> None:
+        """Say how far the stage is; at most twice a second reaches the disk."""
+        now = time.monotonic()
+        if now - self._last < 0.5 and done < total:
+            return
+        self._last = now
+        write_json(
+            self.scratch / "progress.json",
+            {"done": done, "total": total, "unit": unit, "time": time.time(), **info},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One step of a method.
+
+    Args:
+        name: folder name in the store.
+        version: number of the stage's code; raise it when the same settings give other bytes.
+        settings: resolved configuration that decides the content, JSON-ready.
+        inputs: stages whose artifacts this one reads, by role.
+        build: writes the artifact into the context's `out`.
+        label: what the user reads; default the name.
+    """
+
+    name: str
+    version: int
+    settings: dict
+    inputs: dict[str, Stage]
+    build: Callable[[StageContext], None]
+    label: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """Content hash: settings, code version and the hashes of all inputs."""
+        return content_key(self.name, self.version, self.settings, {r: s.key for r, s in self.inputs.items()})
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+
+def closure(stages: list[Stage]) -> list[Stage]:
+    """The stages and everything they read, inputs first, each content hash once."""
+    ordered: dict[tuple[str, str], Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        for upstream in stage.inputs.values():
+            visit(upstream)
+        ordered.setdefault((stage.name, stage.key), stage)
+
+    for stage in stages:
+        visit(stage)
+    return list(ordered.values())
+
+
+def execute(
+    stages: list[Stage],
+    store: ArtifactStore,
+    run: RunFolder,
+    runtime: RuntimeConfig,
+    *,
+    on_stage: Callable[[Stage, str, Path], None] | None = None,
+) -> dict[str, Path]:
+    """Build or reuse every stage in order.
+
+    Args:
+        stages: the method's stages; what they read is added.
+        store: artifacts.
+        run: run folder that receives events, metrics and links.
+        runtime: passed to the builds.
+        on_stage: called with (stage, 'reused' | 'building' | 'built', folder) for display.
+
+    Returns:
+        Artifact folder by stage title.
+    """
+    notify = on_stage or (lambda *_: None)
+    done: dict[str, Path] = {}
+    for stage in closure(stages):
+        folder = _reuse(stage, store, run)
+        if folder is not None:
+            run.event("stage_reused", stage=stage.title, key=stage.key)
+            notify(stage, "reused", folder)
+        else:
+            started = time.time()
+            folder = _build(stage, store, run, runtime, notify)
+            run.event("stage_built", stage=stage.title, key=stage.key, seconds=round(time.time() - started, 2))
+            notify(stage, "built", folder)
+        run.link(stage.title, stage.name, stage.key, folder)
+        for record in read_jsonl(folder / "curves.jsonl"):
+            run.metric(stage=stage.title, **record)
+        done[stage.title] = folder
+    return done
+
+
+def _reuse(stage: Stage, store: ArtifactStore, run: RunFolder) -> Path | None:
+    if not store.exists(stage.name, stage.key):
+        return None
+    try:
+        return store.open(stage.name, stage.key)
+    except ArtifactError as error:  # named, quarantined, and rebuilt below
+        run.event("artifact_corrupt", stage=stage.title, key=stage.key, detail=str(error))
+        run.say(f"{stage.title}: stored artifact is corrupt, moved to quarantine, building it again")
+        return None
+
+
+def _build(
+    stage: Stage, store: ArtifactStore, run: RunFolder, runtime: RuntimeConfig, notify: Callable
+) -> Path:
+    with store.building(stage.name, stage.key) as out:
+        if store.exists(stage.name, stage.key):  # another process finished it while this one waited
+            return store.open(stage.name, stage.key)
+        notify(stage, "building", out)
+        resumed = any(out.iterdir())
+        run.event("stage_started", stage=stage.title, key=stage.key, resumed=resumed)
+        context = StageContext(
+            out=out,
+            inputs={role: store.open(s.name, s.key) for role, s in stage.inputs.items()},
+            runtime=runtime,
+            key=stage.key,
+            on_event=lambda kind, **fields: run.event(kind, stage=stage.title, **fields),
+        )
+        stage.build(context)
+        return store.finish(
+            stage.name,
+            stage.key,
+            {
+                "version": stage.version,
+                "settings": stage.settings,
+                "inputs": {role: {"stage": s.name, "key": s.key} for role, s in stage.inputs.items()},
+            },
+        )

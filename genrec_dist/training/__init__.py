@@ -1,0 +1,1 @@
+"""One train loop, its engines, data order and checkpoints."""

@@ -271,7 +271,7 @@ class RuntimeConfig(Section):
     engine: Literal["auto", "torch", "deepspeed"] = Field(
         "auto", description="auto: deepspeed under Ray, torch in a plain process"
     )
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Literal[0, 1, 2] = 0
     checkpoint_minutes: float = Field(1.0, ge=0, description="minutes between checkpoints; 0: every epoch only")
     keep_checkpoints: int = Field(2, ge=1)
     embed_batch_size: int = Field(64, ge=1)

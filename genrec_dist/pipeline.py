@@ -17,7 +17,7 @@ from genrec_dist.artifacts.files import read_jsonl, write_json
 from genrec_dist.artifacts.store import ArtifactStore, content_key
 from genrec_dist.config import RuntimeConfig
 from genrec_dist.errors import ArtifactError
-from genrec_dist.runs import RunFolder
+from genrec_dist.runs import RunFolder, append_event
 
 
 @dataclass
@@ -30,14 +30,17 @@ class StageContext:
         inputs: folder of each finished input artifact.
         runtime: where and how fast; never decides the content.
         key: content hash of the stage.
-        on_event: receives (kind, fields) for events.jsonl.
+        title: what the user reads.
+        events_file: the run's events.jsonl; None drops events. A path and not a callable, so that a context
+            can travel to a Ray worker.
     """
 
     out: Path
     inputs: dict[str, Path]
     runtime: RuntimeConfig
     key: str = ""
-    on_event: Callable[..., None] | None = None
+    title: str = ""
+    events_file: Path | None = None
     _last: float = field(default=0.0, repr=False)
 
     @property
@@ -48,8 +51,8 @@ class StageContext:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event of the run."""
-        if self.on_event is not None:
-            self.on_event(kind, **fields)
+        if self.events_file is not None:
+            append_event(self.events_file, kind, stage=self.title, **fields)
 
     def progress(self, done: float, total: float, unit: str, **info: Any) -> None:
         """Say how far the stage is; at most twice a second reaches the disk."""
@@ -171,7 +174,8 @@ def _build(
             inputs={role: store.open(s.name, s.key) for role, s in stage.inputs.items()},
             runtime=runtime,
             key=stage.key,
-            on_event=lambda kind, **fields: run.event(kind, stage=stage.title, **fields),
+            title=stage.title,
+            events_file=run.path / "events.jsonl",
         )
         stage.build(context)
         return store.finish(

@@ -75,7 +75,7 @@ class RunFolder:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append to events.jsonl."""
-        append_jsonl(self.path / "events.jsonl", {"time": round(time.time(), 3), "event": kind, **fields})
+        append_event(self.path / "events.jsonl", kind, **fields)
 
     def metric(self, **fields: Any) -> None:
         """Append to metrics.jsonl."""
@@ -110,6 +110,11 @@ class RunFolder:
                 "run has no such artifact", where=self.path, got=title, expected=sorted(links), fix="run it first"
             )
         return (self.path / links[title]["path"]).resolve()
+
+
+def append_event(file: Path, kind: str, **fields: Any) -> None:
+    """Append one event with the time to an events.jsonl."""
+    append_jsonl(file, {"time": round(time.time(), 3), "event": kind, **fields})
 
 
 def provenance(command: list[str], seed: int) -> dict:

@@ -1,7 +1,8 @@
 """Embedding arrays in Zarr v3: one sharded (num_items, dim) array, one writer a shard, fill value NaN.
 
 Completion of shards is recorded outside Zarr (`shards/<n>.json` beside the array), because a missing chunk
-reads back as the fill value without a word. Row = item index. Reading refuses unfinished arrays.
+reads back as the fill value without a word. Row = item index. Reading refuses unfinished arrays. Several
+processes may write different shards of one array at once; two must never share a shard.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import zarr
+from zarr.errors import ContainsArrayError
 
 from genrec_dist.artifacts.files import read_json, write_json
 from genrec_dist.errors import ArtifactError, DataError
@@ -17,8 +19,34 @@ from genrec_dist.errors import ArtifactError, DataError
 ARRAY = "embeddings.zarr"
 
 
+def num_shards(num_items: int, rows_per_shard: int) -> int:
+    """Number of shards of an array; the last may be short."""
+    return -(-num_items // rows_per_shard)
+
+
+def shard_rows(shard: int, num_items: int, rows_per_shard: int) -> tuple[int, int]:
+    """First row and end row of a shard."""
+    start = shard * rows_per_shard
+    return start, min(start + rows_per_shard, num_items)
+
+
+def record_path(folder: Path, shard: int) -> Path:
+    """Completion record of a shard."""
+    return folder / "shards" / f"{shard:06d}.json"
+
+
+def pending_shards(folder: Path, num_items: int, rows_per_shard: int) -> list[int]:
+    """Shards without a completion record."""
+    return [s for s in range(num_shards(num_items, rows_per_shard)) if not record_path(folder, s).exists()]
+
+
+def read_records(folder: Path) -> list[dict]:
+    """Completion records in shard order."""
+    return [read_json(file) for file in sorted((folder / "shards").glob("*.json"))]
+
+
 class EmbeddingWriter:
-    """Writer of whole shards.
+    """Writer of whole shards; opens the array, or creates it when it is not there.
 
     Args:
         folder: artifact work folder; the array is `folder/embeddings.zarr`.
@@ -26,6 +54,9 @@ class EmbeddingWriter:
         dim: columns.
         rows_per_shard: rows of a shard, the unit of writing and resuming.
         dtype: 'float32' or 'float16'.
+
+    Raises:
+        ArtifactError: there is an array of another shape.
     """
 
     def __init__(
@@ -33,20 +64,10 @@ class EmbeddingWriter:
     ) -> None:
         self.folder, self.num_items, self.dim, self.rows_per_shard = folder, num_items, dim, rows_per_shard
         path = folder / ARRAY
-        if path.exists():
-            self.array = zarr.open_array(store=str(path), mode="r+")
-            if self.array.shape != (num_items, dim):
-                raise ArtifactError(
-                    "unfinished embedding array has another shape",
-                    where=path,
-                    got=self.array.shape,
-                    expected=(num_items, dim),
-                    fix="remove the .building folder",
-                )
-        else:
-            chunk = min(rows_per_shard, 1024)
-            while rows_per_shard % chunk:
-                chunk -= 1
+        chunk = min(rows_per_shard, 1024)
+        while rows_per_shard % chunk:
+            chunk -= 1
+        try:
             self.array = zarr.create_array(
                 store=str(path),
                 shape=(num_items, dim),
@@ -56,30 +77,38 @@ class EmbeddingWriter:
                 fill_value=float("nan"),
                 zarr_format=3,
             )
+        except ContainsArrayError:  # a killed build, or another worker, made it
+            self.array = zarr.open_array(store=str(path), mode="r+")
+        found = (self.array.shape, self.array.shards)
+        if found != ((num_items, dim), (rows_per_shard, dim)):
+            raise ArtifactError(
+                "unfinished embedding array has another shape",
+                where=path,
+                got="shape {}, shards {}".format(*found),
+                expected=f"shape {(num_items, dim)}, shards {(rows_per_shard, dim)}",
+                fix="remove the .building folder",
+            )
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_items // self.rows_per_shard)
+        return num_shards(self.num_items, self.rows_per_shard)
 
     def rows(self, shard: int) -> tuple[int, int]:
         """First row and end row of a shard."""
-        start = shard * self.rows_per_shard
-        return start, min(start + self.rows_per_shard, self.num_items)
+        return shard_rows(shard, self.num_items, self.rows_per_shard)
 
     def pending(self) -> list[int]:
         """Shards without a completion record."""
-        return [s for s in range(self.num_shards) if not self._record(s).exists()]
+        return pending_shards(self.folder, self.num_items, self.rows_per_shard)
 
-    def _record(self, shard: int) -> Path:
-        return self.folder / "shards" / f"{shard:06d}.json"
-
-    def write(self, shard: int, values: np.ndarray, failed: list[dict] | None = None) -> None:
+    def write(self, shard: int, values: np.ndarray, failed: list[dict] | None = None, info: dict | None = None) -> None:
         """Write one whole shard, then its completion record.
 
         Args:
             shard: shard number.
             values: embeddings; NaN rows must be listed in `failed`.
             failed: `{"row": item index, "reason": str}` of rows without an embedding.
+            info: whatever else the record should keep, JSON-ready.
 
         Shapes:
             values: (rows of the shard, dim) float.
@@ -95,6 +124,7 @@ class EmbeddingWriter:
                 got=values.shape,
                 expected=(end - start, self.dim),
             )
+        values = values.astype(self.array.dtype, copy=False)  # first: a float16 overflow is not finite either
         bad = set((start + np.flatnonzero(~np.isfinite(values).all(axis=1))).tolist())
         named = {row["row"] for row in failed or []}
         if bad != named:
@@ -105,16 +135,8 @@ class EmbeddingWriter:
                 expected="every non-finite row in the ledger, and no other",
             )
         self.array[start:end] = values
-        write_json(self._record(shard), {"shard": shard, "rows": [start, end], "failed": failed or []})
-
-    def failed_rows(self) -> list[dict]:
-        """Failed rows of all finished shards."""
-        return [
-            row
-            for shard in range(self.num_shards)
-            if self._record(shard).exists()
-            for row in read_json(self._record(shard))["failed"]
-        ]
+        record = {"shard": shard, "rows": [start, end], "failed": failed or [], "info": info or {}}
+        write_json(record_path(self.folder, shard), record)
 
 
 def write_embeddings(folder: Path, values: np.ndarray, rows_per_shard: int = 4096) -> None:
@@ -125,29 +147,41 @@ def write_embeddings(folder: Path, values: np.ndarray, rows_per_shard: int = 409
         writer.write(shard, values[start:end])
 
 
+def failed_items(folder: Path) -> np.ndarray:
+    """Indices of the items that have no embedding, ascending.
+
+    Shapes:
+        returns: (number of failed rows,) int64.
+    """
+    return np.array(sorted(row["row"] for record in read_records(folder) for row in record["failed"]), dtype=np.int64)
+
+
 def read_embeddings(folder: Path) -> np.ndarray:
-    """All embeddings of a finished artifact, (num_items, dim) float32; failed rows become zeros.
+    """All embeddings of a finished artifact, (num_items, dim) float32.
+
+    Failed rows come back as zeros, so that no NaN spreads; `failed_items` names them.
 
     Raises:
-        ArtifactError: shards are missing.
+        ArtifactError: shards are missing, or rows are non-finite that are not recorded as failed.
     """
     array = zarr.open_array(store=str(folder / ARRAY), mode="r")
-    num_shards = -(-array.shape[0] // array.shards[0])
-    done = len(list((folder / "shards").glob("*.json")))
-    if done != num_shards:
+    missing = pending_shards(folder, array.shape[0], array.shards[0])
+    if missing:
         raise ArtifactError(
-            "embedding array is unfinished", where=folder, got=f"{done} shards", expected=num_shards
+            "embedding array is unfinished",
+            where=folder,
+            got=f"{len(missing)} shards without a completion record, first {missing[0]}",
+            expected=f"records of all {num_shards(array.shape[0], array.shards[0])} shards",
+            fix="run the stage that builds it",
         )
     values = np.asarray(array[:], dtype=np.float32)
-    bad = ~np.isfinite(values).all(axis=1)
-    failed = {
-        row["row"] for file in (folder / "shards").glob("*.json") for row in read_json(file)["failed"]
-    }
-    if set(np.flatnonzero(bad).tolist()) != failed:
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    failed = failed_items(folder)
+    if not np.array_equal(bad, failed):
         raise ArtifactError(
             "non-finite embedding rows differ from the recorded failures",
             where=folder,
-            got=f"{int(bad.sum())} non-finite rows",
+            got=f"{len(bad)} non-finite rows",
             expected=f"{len(failed)} recorded failures",
             fix="rebuild the artifact",
         )

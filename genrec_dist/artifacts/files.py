@@ -1,4 +1,4 @@
-"""Small file primitives: atomic JSON, SHA-256, JSON Lines with a tolerant tail. Knows nothing of stages."""
+"""Small file primitives: atomic JSON, SHA-256, JSON Lines that survive a killed writer. Knows nothing of stages."""
 
 from __future__ import annotations
 
@@ -50,12 +50,17 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, record: dict) -> None:
     """Append one record as a line; one write call, so a reader never sees two halves mixed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(record, allow_nan=False) + "\n")
+    with open(path, "ab+") as handle:
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        if handle.tell():
+            handle.seek(-1, os.SEEK_END)
+            if handle.read(1) != b"\n":  # a killed writer's half line must not swallow this one
+                line = b"\n" + line
+        handle.write(line)
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Records of a JSON Lines file; an unfinished last line (a killed writer) is left out."""
+    """Records of a JSON Lines file; an unfinished line (a killed writer) is left out."""
     if not path.exists():
         return []
     records = []
@@ -63,5 +68,5 @@ def read_jsonl(path: Path) -> list[dict]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return records

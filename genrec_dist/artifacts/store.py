@@ -125,11 +125,15 @@ class ArtifactStore:
         final = self.path(stage, key)
         folder = final.with_name(f"{key}.building")
         shutil.rmtree(folder / "scratch", ignore_errors=True)
+        for pattern in (".*.tmp", "*.partial"):  # our atomic writes and Zarr's, killed before their rename
+            for leftover in folder.rglob(pattern):
+                leftover.unlink()
         files = {
-            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-            for p in _files(folder)
+            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in _files(folder)
         }
         write_json(folder / MANIFEST, {"stage": stage, "key": key, **description, "files": files})
+        if final.exists():  # a folder that lost its manifest
+            self.quarantine(stage, key)
         os.replace(folder, final)
         self._verified.add(final)
         return final

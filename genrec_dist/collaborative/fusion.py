@@ -1,0 +1,173 @@
+"""PRORec Stage I model: item table E_C, modality adaption layer, backbone, joint loss. Single device.
+
+Source: PRORec section 3.3, equations 2 to 5.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genrec_dist.collaborative.backbones import Din, SasRec
+from genrec_dist.collaborative.losses import full_softmax, info_nce, sampled_softmax, scale_of, similarity
+from genrec_dist.config import FusionConfig
+from genrec_dist.generator.transformer import init_weights
+
+
+class AdaLN(nn.Module):
+    """Adaptive layer normalisation: LN(z) * (1 + gamma(z)) + beta(z), gamma and beta linear, zero at start.
+
+    Source: Peebles and Xie (2023); PRORec conditions it on its own input.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        gamma, beta = self.modulation(z).chunk(2, -1)
+        return self.norm(z) * (1 + gamma) + beta
+
+
+class ModalityAdaption(nn.Module):
+    """E_T = AdaLN(W E_S + b) (equation 2).
+
+    Shapes:
+        input: (..., semantic_dim). output: (..., dim).
+    """
+
+    def __init__(self, semantic_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(semantic_dim, dim)
+        self.norm = AdaLN(dim)
+
+    def forward(self, semantic: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(semantic))
+
+
+class FusionModel(nn.Module):
+    """Sequence model over E_C (+ E_T), trained by L_seq + alpha L_align (equation 5).
+
+    Args:
+        config: fusion section.
+        semantic: E_S, kept as a constant.
+
+    Shapes:
+        semantic: (num_items, semantic_dim) float32.
+    """
+
+    semantic: torch.Tensor
+
+    def __init__(self, config: FusionConfig, semantic: torch.Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.num_items = len(semantic)
+        self.register_buffer("semantic", semantic, persistent=False)
+        self.collaborative = nn.Embedding(self.num_items, config.dim)
+        self.adaption = ModalityAdaption(semantic.shape[1], config.dim)
+        if config.backbone == "din":
+            self.backbone: nn.Module = Din(
+                config.dim, config.max_history, config.dropout, config.attention, config.similarity == "cosine"
+            )
+        else:
+            self.backbone = SasRec(
+                config.dim, config.max_history, config.num_layers, config.num_heads, config.dropout
+            )
+        init_weights(self.collaborative)
+        nn.init.xavier_uniform_(self.adaption.linear.weight)
+
+    def items(self, indices: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of E_C, of E_T and of what the sequence model reads, for some items or all of them."""
+        if indices is None:
+            collaborative, semantic = self.collaborative.weight, self.semantic
+        else:
+            collaborative, semantic = self.collaborative(indices), self.semantic[indices]
+        adapted = self.adaption(semantic)
+        if self.config.item_input == "collaborative":
+            return collaborative, adapted, collaborative
+        return collaborative, adapted, collaborative + adapted
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Joint loss of a batch.
+
+        Args:
+            batch: history, mask and target(s); `align_items` distinct items of the global batch and
+                `align_anchors` this worker's positions among them; `negatives` for the sampled softmax;
+                `count` and `align_count`, the global counts over the number of workers.
+        """
+        config = self.config
+        if config.loss == "full_softmax":
+            collaborative, adapted, table = self.items()
+            seq = self._full_loss(table, batch)
+            local = batch["align_items"]
+        else:
+            # Only the rows that this batch touches are computed.
+            needed = torch.cat([batch[k].flatten() for k in ("history", "target", "negatives", "align_items")])
+            distinct, place = torch.unique(needed, return_inverse=True)
+            collaborative, adapted, table = self.items(distinct)
+            history, target, negatives, local = place.split(
+                [batch[k].numel() for k in ("history", "target", "negatives", "align_items")]
+            )
+            seq = self._sampled_loss(
+                table, history.view_as(batch["history"]), batch["mask"], target, negatives, batch["target"], batch
+            )
+        align = info_nce(
+            collaborative[local[batch["align_anchors"]]],
+            adapted[local],
+            batch["align_anchors"],
+            kind=config.align_similarity,
+            temperature=config.align_temperature,
+            positive_in_denominator=config.align_positive_in_denominator,
+        )
+        seq, align = seq / batch["count"], align / batch["align_count"]
+        return {"loss": seq + config.align_weight * align, "loss_seq": seq, "loss_align": align}
+
+    def _full_loss(self, table: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        scale = scale_of(self.config.similarity, self.config.temperature)
+        if isinstance(self.backbone, SasRec):
+            states = self.backbone.states(table, batch["history"])[batch["mask"]]
+            states = F.dropout(states, self.config.dropout, self.training)
+            return full_softmax(
+                similarity(states, table, self.config.similarity) * scale, batch["targets"][batch["mask"]]
+            )
+        logits = self.backbone.scores(table, batch["history"], batch["mask"], table)  # type: ignore[operator]
+        return full_softmax(logits * scale, batch["target"])
+
+    def _sampled_loss(self, table, history, mask, target, negatives, target_items, batch) -> torch.Tensor:
+        scale = scale_of(self.config.similarity, self.config.temperature)
+        candidates = table[torch.cat([target, negatives])]
+        if isinstance(self.backbone, Din):
+            scores = self.backbone.scores(table, history, mask, candidates) * scale
+        else:
+            users = self.backbone.user(table, history, mask)  # type: ignore[operator]
+            scores = similarity(users, candidates, self.config.similarity) * scale
+        positive = scores.diagonal()  # candidate b is the target of sample b
+        hit = batch["negatives"][None, :] == target_items[:, None]
+        return sampled_softmax(positive, scores[:, len(target) :], hit, self.num_items)
+
+    @torch.no_grad()
+    def score_catalog(self, history: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Scores of all items for each history, (B, num_items)."""
+        _, _, table = self.items()
+        if isinstance(self.backbone, Din):
+            return self.backbone.scores(table, history, mask, table)
+        users = self.backbone.user(table, history, mask)  # type: ignore[operator]
+        return similarity(users, table, self.config.similarity)
+
+
+def integrate(collaborative: torch.Tensor, adapted: torch.Tensor, kind: str) -> torch.Tensor:
+    """Integrated embedding of every item.
+
+    Args:
+        kind: 'concat' of the two normalised tables, 'sum' of the two raw tables, or 'collaborative' only.
+
+    Shapes:
+        both: (N, D). Returns (N, 2 D) or (N, D).
+    """
+    if kind == "concat":
+        return torch.cat([F.normalize(collaborative, dim=-1), F.normalize(adapted, dim=-1)], -1) / 2**0.5
+    return collaborative + adapted if kind == "sum" else collaborative

@@ -1,0 +1,86 @@
+"""Losses over item tables: full-catalog and sampled softmax, InfoNCE. Pure functions on one device.
+
+Every loss is a sum; the caller divides by the global count, so that averaging gradients over workers gives
+the gradient of the global mean.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def similarity(a: torch.Tensor, b: torch.Tensor, kind: str) -> torch.Tensor:
+    """All pairs of rows: dot products ('dot', 'inner') or cosines ('cosine'), (A, B) float32.
+
+    Always in float32 (TF32 on GPUs): bfloat16 has too few digits to rank a catalog.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = a.float(), b.float()
+        if kind == "cosine":
+            a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+        return a @ b.T
+
+
+def scale_of(kind: str, temperature: float) -> float:
+    """Factor on a similarity to make it a logit: 1/temperature for cosine, 1 for dot products."""
+    return 1.0 / temperature if kind == "cosine" else 1.0
+
+
+def full_softmax(logits_BN: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy over the whole catalog (equation 4)."""
+    return F.cross_entropy(logits_BN.float(), targets_B, reduction="sum")
+
+
+def sampled_softmax(
+    positive_B: torch.Tensor, negative_BM: torch.Tensor, hit_BM: torch.Tensor, num_items: int
+) -> torch.Tensor:
+    """Summed cross-entropy with uniform negatives shared by the batch, logQ-corrected.
+
+    With M uniform draws, each negative stands for (num_items - 1) / (valid draws) items, so log of that factor
+    is added to its logit; draws that hit the positive are left out.
+
+    Shapes:
+        positive_B: (B,) logit of the target.
+        negative_BM: (B, M) logits of the draws.
+        hit_BM: (B, M) bool, True where the draw is the target.
+
+    Source: Bengio and Senecal (2008), uniform proposal.
+    """
+    negative = negative_BM.float().masked_fill(hit_BM, -math.inf)
+    valid = (~hit_BM).sum(1, keepdim=True).clamp(min=1)
+    negative = negative + torch.log((num_items - 1) / valid.float())
+    joined = torch.cat([positive_B.float()[:, None], negative], 1)
+    return (torch.logsumexp(joined, 1) - joined[:, 0]).sum()
+
+
+def info_nce(
+    anchors: torch.Tensor,
+    candidates: torch.Tensor,
+    positives: torch.Tensor,
+    *,
+    kind: str,
+    temperature: float,
+    positive_in_denominator: bool = True,
+) -> torch.Tensor:
+    """Summed InfoNCE of each anchor with its positive among the candidates (equation 3).
+
+    Args:
+        anchors: E_C of the items.
+        candidates: E_T of the batch's distinct items.
+        positives: index of each anchor's own item among the candidates.
+        kind: 'cosine' or 'dot'; both are divided by the temperature, as equation 3 writes it.
+        positive_in_denominator: False keeps j != i, as equation 3 writes it; True is the usual InfoNCE.
+
+    Shapes:
+        anchors: (A, D). candidates: (C, D). positives: (A,) int64.
+
+    Source: PRORec equation 3. Its logarithm of a sum over items is read as the sum of logarithms.
+    """
+    logits = similarity(anchors, candidates, kind).float() / temperature
+    own = logits.gather(1, positives[:, None]).squeeze(1)
+    if not positive_in_denominator:
+        logits = logits.scatter(1, positives[:, None], -math.inf)
+    return (torch.logsumexp(logits, 1) - own).sum()

@@ -1,0 +1,73 @@
+"""Full-catalog ranks from dense scores, batch by batch, the same for any number of workers.
+
+Batches are cut once and shared out whole, so no result depends on how many workers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from genrec_dist.training.samples import HistorySamples
+from genrec_dist.training.worker import Worker
+
+Scorer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def target_ranks(scores_BN: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
+    """Rank of each target, 1 = best; equal scores are ordered by item index.
+
+    Shapes:
+        scores_BN: (B, num_items). target_B: (B,) int64. Returns (B,) int64.
+    """
+    own = scores_BN.gather(1, target_B[:, None])
+    index = torch.arange(scores_BN.shape[1], device=scores_BN.device)
+    better = (scores_BN > own) | ((scores_BN == own) & (index < target_B[:, None]))
+    return better.sum(1) + 1
+
+
+def mask_seen(scores_BN: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Scores with the items of the history at -inf (the target never is)."""
+    padded = torch.where(batch["mask"], batch["history"], batch["target"][:, None])
+    own = scores_BN.gather(1, batch["target"][:, None])
+    return scores_BN.scatter(1, padded, float("-inf")).scatter(1, batch["target"][:, None], own)
+
+
+def batched(count: int, batch_size: int, worker: Worker) -> list[tuple[int, int]]:
+    """This worker's share of the fixed batches, as (start, end)."""
+    starts = range(0, count, batch_size)
+    return [(s, min(s + batch_size, count)) for s in starts][worker.rank :: worker.world_size]
+
+
+@torch.no_grad()
+def dense_ranks(
+    score: Scorer,
+    samples: HistorySamples,
+    max_history: int,
+    worker: Worker,
+    batch_size: int = 256,
+    limit: int = 0,
+    seen_masked: bool = False,
+) -> np.ndarray:
+    """Ranks of all targets over the whole catalog, on every worker.
+
+    Args:
+        score: (history, mask) -> (B, num_items).
+        samples: histories and targets.
+        limit: only the first so many samples; 0 takes all.
+        seen_masked: leave the items of the history out of the ranking.
+
+    Returns:
+        (samples,) int64, 1 = best.
+    """
+    count = min(limit or len(samples), len(samples))
+    ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
+    for start, end in batched(count, batch_size, worker):
+        batch = samples.gather(torch.arange(start, end, device=worker.device), max_history)
+        scores = score(batch["history"], batch["mask"]).float()
+        if seen_masked:
+            scores = mask_seen(scores, batch)
+        ranks[start:end] = target_ranks(scores, batch["target"])
+    return worker.sum(ranks).cpu().numpy()

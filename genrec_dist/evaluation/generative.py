@@ -1,0 +1,107 @@
+"""Ranks from generated lists: beam search over fixed batches, the same for any number of workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from genrec_dist.evaluation.dense import batched, mask_seen, target_ranks
+from genrec_dist.generator.beam import beam_search, exact_log_probabilities
+from genrec_dist.generator.model import Generator
+from genrec_dist.training.samples import HistorySamples
+from genrec_dist.training.worker import Worker
+
+
+def rank_in_list(items_BW: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
+    """Place of the target in each list, 1 = first, 0 = not in it; (B,) int64."""
+    hit = items_BW == target_B[:, None]
+    return torch.where(hit.any(1), hit.int().argmax(1) + 1, 0)
+
+
+def drop_seen(items_BW: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Lists without the items of the history, order kept, -1 at the end."""
+    history = batch["history"].masked_fill(~batch["mask"], -1)
+    seen = (items_BW[:, :, None] == history[:, None, :]).any(2) & (items_BW != batch["target"][:, None])
+    order = seen.int().argsort(dim=1, stable=True)
+    return items_BW.masked_fill(seen, -1).gather(1, order)
+
+
+def list_ranks(
+    model: Generator,
+    samples: HistorySamples,
+    worker: Worker,
+    *,
+    width: int,
+    mix_weight: float = 0.0,
+    batch_size: int = 128,
+    limit: int = 0,
+) -> np.ndarray:
+    """Rank of each target in its beam list, on every worker; (samples,) int64, 0 = not in it."""
+    count = min(limit or len(samples), len(samples))
+    ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
+    for start, end in batched(count, batch_size, worker):
+        batch = samples.gather(torch.arange(start, end, device=worker.device), model.config.max_history)
+        items, _, _ = beam_search(model, batch["history"], batch["mask"], width, mix_weight)
+        ranks[start:end] = rank_in_list(items, batch["target"])
+    return worker.sum(ranks).cpu().numpy()
+
+
+class GenerativeRanker:
+    """Ranks of one batch under every protocol that is reported.
+
+    Args:
+        model: generator in eval mode.
+        width: beam width.
+        mix_weight: weight of the distillation token's dense logit.
+        exact: also score the whole catalog.
+    """
+
+    def __init__(self, model: Generator, width: int, mix_weight: float) -> None:
+        self.model, self.width = model, width
+        self.mix_weight = mix_weight if model.config.distill_weight else 0.0
+        self.max_history = model.config.max_history
+
+    def __call__(self, batch: dict[str, torch.Tensor], exact: bool) -> dict[str, torch.Tensor]:
+        history, mask, target = batch["history"], batch["mask"], batch["target"]
+        items, _, log_p = beam_search(self.model, history, mask, self.width, self.mix_weight)
+        out = {"rank": rank_in_list(items, target), "rank_masked": rank_in_list(drop_seen(items, batch), target)}
+        if self.mix_weight:
+            order = log_p.argsort(dim=1, descending=True, stable=True)
+            out["rank_without_mix"] = rank_in_list(items.gather(1, order), target)
+        if exact:
+            scores, mixed = self._exact_scores(history, mask)
+            if self.mix_weight and not mixed:  # the token behind the codes has no score for the whole catalog
+                items = items.gather(1, log_p.argsort(dim=1, descending=True, stable=True))
+            top = scores.topk(min(10, scores.shape[1]), 1).indices
+            out["rank_exact"] = target_ranks(scores, target)
+            out["rank_checked"] = rank_in_list(items, target)
+            out["same_top10"] = (items[:, :10, None] == top[:, None, :]).any(2).sum(1)
+        return out
+
+    def _exact_scores(self, history: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Whole-catalog scores, and whether the dense score is mixed in (a token at the start only)."""
+        model = self.model
+        scores = exact_log_probabilities(model, history, mask)
+        if self.mix_weight and model.config.distill_position == "start":
+            hidden, _ = model.decode(model.start_tokens(len(history)), model.encode(history, mask))
+            return scores + self.mix_weight * model.dense_logits(model.distilled(hidden[:, 0])), True
+        return scores, False
+
+
+class DenseRanker:
+    """Ranks of one batch from dense scores of the whole catalog.
+
+    Args:
+        score: (history, mask) -> (B, num_items).
+        max_history: widest history.
+    """
+
+    def __init__(self, score, max_history: int) -> None:
+        self.score, self.max_history = score, max_history
+
+    def __call__(self, batch: dict[str, torch.Tensor], exact: bool) -> dict[str, torch.Tensor]:
+        scores = self.score(batch["history"], batch["mask"]).float()
+        return {
+            "rank": target_ranks(scores, batch["target"]),
+            "rank_masked": target_ranks(mask_seen(scores, batch), batch["target"]),
+        }

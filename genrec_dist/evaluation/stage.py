@@ -1,0 +1,203 @@
+"""Evaluation stage: full-ranking leave-one-out metrics, intervals and the rank of every user.
+
+Writes metrics.json and ranks.parquet. Batches are fixed and shared out whole over Ray tasks (or torchrun
+workers), so the result is the same for any number of workers.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from genrec_dist.artifacts.files import write_json
+from genrec_dist.catalog.dataset import Catalog, Sequences
+from genrec_dist.cluster import ensure_ray, worker_threads
+from genrec_dist.config import Config, EvaluationConfig, GeneratorConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.evaluation.bootstrap import bootstrap_intervals
+from genrec_dist.evaluation.dense import batched
+from genrec_dist.evaluation.metrics import rank_metrics
+from genrec_dist.pipeline import Stage, StageContext
+from genrec_dist.training.samples import holdout_samples
+from genrec_dist.training.worker import Worker, plain_worker, setup_torch
+
+Arrays = dict[str, np.ndarray]
+EXACT_NAMES = ["rank_exact", "rank_checked", "same_top10"]
+
+
+def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], label: str) -> Stage:
+    """Stage that evaluates one trained model.
+
+    Args:
+        method: 'generator', 'sasrec_inner', 'sasrec_cosine' or 'popularity'.
+        inputs: 'catalog', and the model's own artifacts.
+        label: title of the stage.
+    """
+    settings = {
+        "method": method,
+        "order": config.catalog.order,
+        "seed": config.seed,
+        "evaluation": config.evaluation.model_dump(mode="json"),
+    }
+    if method == "generator":
+        settings["generator"] = config.generator.model_dump(mode="json")
+    elif method.startswith("sasrec"):
+        settings["sasrec"] = config.sasrec.model_copy(update={"similarity": method[7:]}).model_dump(mode="json")
+    else:
+        settings["evaluation"] = {
+            k: v for k, v in settings["evaluation"].items() if k in ("cutoffs", "bootstrap_samples")
+        }
+    return Stage("evaluation", 1, settings, inputs, lambda context: build_evaluation(context, settings), label)
+
+
+def build_evaluation(context: StageContext, settings: dict) -> None:
+    """Rank every user's held-out items and write the metrics."""
+    started = time.monotonic()
+    evaluation = EvaluationConfig.model_validate(settings["evaluation"])
+    test = _collect(context, settings, "test")
+    valid = _collect(context, settings, "valid")
+    sequences = Catalog(context.inputs["catalog"]).sequences
+    _, users = holdout_samples(sequences, 1, "test", torch.device("cpu"))
+    _, _, position = sequences.split_ends()
+    pq.write_table(
+        pa.table(
+            {
+                "user_index": users.astype(np.int32),
+                "target": sequences.items[position[users]],
+                "rank": test["rank"].astype(np.int32),
+                "valid_rank": valid["rank"].astype(np.int32),
+            }
+        ),
+        context.out / "ranks.parquet",
+    )
+    metrics = summarise(test, valid, sequences.tied_users()[users], settings, evaluation)
+    write_json(context.out / "metrics.json", metrics | {"seconds": round(time.monotonic() - started, 2)})
+
+
+def summarise(test: Arrays, valid: Arrays, tied: np.ndarray, settings: dict, evaluation: EvaluationConfig) -> dict:
+    """metrics.json from the ranks of all users."""
+    cutoffs = evaluation.cutoffs
+    generative = settings["method"] == "generator"
+    metrics = {
+        "method": settings["method"],
+        "order": settings["order"],
+        "users": len(test["rank"]),
+        "beam_width": evaluation.beam_width if generative else None,
+        "mix_weight": evaluation.mix_weight if generative else 0.0,
+        "test": rank_metrics(test["rank"], cutoffs),
+        "valid": rank_metrics(valid["rank"], cutoffs),
+        "intervals": bootstrap_intervals(
+            test["rank"], cutoffs, evaluation.bootstrap_samples, settings["seed"]
+        )
+        if evaluation.bootstrap_samples
+        else {},
+        "without_ties": {"users": int((~tied).sum()), **rank_metrics(test["rank"][~tied], cutoffs)}
+        if (~tied).any()
+        else {"users": 0},
+        "masked_seen": rank_metrics(test["rank_masked"], cutoffs),
+    }
+    if "rank_without_mix" in test:
+        metrics["without_mix"] = rank_metrics(test["rank_without_mix"], cutoffs)
+    if "rank_exact" in test:
+        checked = test["rank_exact"] > 0
+        metrics["exact"] = {
+            "users": int(checked.sum()),
+            "beam": rank_metrics(test["rank_checked"][checked], cutoffs),
+            "exact": rank_metrics(test["rank_exact"][checked], cutoffs),
+            "top10_agreement": float(test["same_top10"][checked].mean() / 10),
+        }
+    return metrics
+
+
+def _collect(context: StageContext, settings: dict, split: str) -> Arrays:
+    runtime = context.runtime
+    if runtime.backend == "ray":
+        ray = ensure_ray(runtime)
+        gpus = 1 if runtime.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= runtime.num_workers else 0
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=runtime.max_preemptions)(_share)
+        parts = ray.get(
+            [
+                task.remote(rank, runtime.num_workers, context.inputs, settings, runtime, split)
+                for rank in range(runtime.num_workers)
+            ]
+        )
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+    worker = plain_worker(runtime)
+    setup_torch(worker, worker_threads(runtime))
+    arrays = rank_users(worker, context.inputs, settings, runtime, split, context)
+    return {n: worker.sum(torch.from_numpy(a).to(worker.device)).cpu().numpy() for n, a in arrays.items()}
+
+
+def _share(
+    rank: int, world_size: int, inputs: dict[str, Path], settings: dict, runtime: RuntimeConfig, split: str
+) -> Arrays:
+    from genrec_dist.training.worker import pick_device
+
+    worker = Worker(rank, world_size, pick_device(runtime.device))
+    setup_torch(worker, worker_threads(runtime))
+    return rank_users(worker, inputs, settings, runtime, split)
+
+
+@torch.no_grad()
+def rank_users(
+    worker: Worker,
+    inputs: dict[str, Path],
+    settings: dict,
+    runtime: RuntimeConfig,
+    split: str,
+    context: StageContext | None = None,
+) -> Arrays:
+    """Ranks of this worker's batches; zero elsewhere, so that shares add up."""
+    evaluation = EvaluationConfig.model_validate(settings["evaluation"])
+    sequences = Catalog(inputs["catalog"]).sequences
+    ranker = _ranker(settings, inputs, sequences, evaluation, worker)
+    samples, _ = holdout_samples(sequences, ranker.max_history, split, worker.device)
+    generative = settings["method"] == "generator"
+    exact_users = evaluation.exact_users if generative and split == "test" else 0
+    arrays: Arrays = {}
+    exact_batch = 16
+    shares = [(s, e, False) for s, e in batched(len(samples), runtime.eval_batch_size, worker)]
+    shares += [(s, e, True) for s, e in batched(min(exact_users, len(samples)), exact_batch, worker)]
+    for start, end, exact in shares:
+        batch = samples.gather(torch.arange(start, end, device=worker.device), ranker.max_history)
+        for name, values in ranker(batch, exact).items():
+            if exact == (name in EXACT_NAMES):
+                arrays.setdefault(name, np.zeros(len(samples), np.int64))[start:end] = values.cpu().numpy()
+        if context is not None:
+            context.progress(end, len(samples), "users")
+    names = ["rank", "rank_masked"]
+    if generative and evaluation.mix_weight and settings["generator"]["distill_weight"]:
+        names.append("rank_without_mix")
+    if exact_users:
+        names += EXACT_NAMES
+    return {name: arrays.get(name, np.zeros(len(samples), np.int64)) for name in names}
+
+
+def _ranker(settings: dict, inputs: dict[str, Path], sequences: Sequences, evaluation: EvaluationConfig, worker: Worker):
+    from genrec_dist.evaluation.generative import DenseRanker, GenerativeRanker
+
+    method = settings["method"]
+    if method == "generator":
+        from genrec_dist.generator.stage import load_model
+
+        config = GeneratorConfig.model_validate(settings["generator"])
+        model = load_model(config, inputs["fusion"], inputs["identifiers"], inputs["generator"]).to(worker.device)
+        return GenerativeRanker(model, evaluation.beam_width, evaluation.mix_weight)
+    if method == "popularity":
+        from genrec_dist.baselines.popularity import popularity_scores
+
+        scores = popularity_scores(sequences).to(worker.device)
+        return DenseRanker(lambda history, mask: scores.expand(len(history), -1), 1_000)
+    from safetensors.torch import load_file
+
+    from genrec_dist.baselines.sasrec import SasrecModel
+
+    section = SasrecConfig.model_validate(settings["sasrec"])
+    sasrec = SasrecModel(section, sequences.num_items)
+    sasrec.load_state_dict(load_file(inputs["sasrec"] / "model.safetensors"))
+    sasrec = sasrec.to(worker.device).eval()
+    return DenseRanker(sasrec.score_catalog, section.max_history)

@@ -1,0 +1,115 @@
+"""Output heads of the generator: which child of a trie node comes next.
+
+Both heads score the children of given nodes and nothing else, so nothing but an existing item can be emitted.
+Shape legend: B rows, C children (padded to the widest node of the level), D width, K codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genrec_dist.collaborative.losses import scale_of
+from genrec_dist.identifiers.trie import Trie
+
+
+class DeviceTrie(nn.Module):
+    """The trie as buffers: they move with the model and never enter its state.
+
+    Dense first level: the root's children are the nodes 1..K1. Below it, a node's children are the range
+    `first_child .. first_child + num_children`.
+    """
+
+    item_path: torch.Tensor
+    depth: torch.Tensor
+    first_child: torch.Tensor
+    num_children: torch.Tensor
+    code: torch.Tensor
+    level: torch.Tensor
+    parent: torch.Tensor
+    node_item: torch.Tensor
+
+    def __init__(self, trie: Trie) -> None:
+        super().__init__()
+        for name in ("item_path", "depth", "first_child", "num_children", "code", "level", "parent", "node_item"):
+            self.register_buffer(name, torch.from_numpy(getattr(trie, name).astype("int64")), persistent=False)
+        self.num_nodes, self.num_items, self.max_depth = trie.num_nodes, trie.num_items, trie.max_depth
+        self.num_codes = int(trie.code.max()) + 1
+        self.widths = [trie.max_children(level) for level in range(trie.max_depth)]
+
+    def children_of(self, nodes_B: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Children of nodes at `level`, padded.
+
+        Shapes:
+            nodes_B: (B,) int64. Returns (B, C) int64 node numbers (0 where padded) and (B, C) bool.
+        """
+        offset = torch.arange(self.widths[level], device=nodes_B.device)
+        valid = offset < self.num_children[nodes_B][:, None]
+        return (self.first_child[nodes_B][:, None] + offset) * valid, valid
+
+
+class ChildHead(nn.Module):
+    """Softmax over the children of a node, by similarity with learned node embeddings.
+
+    Node embeddings start from Stage I: a leaf from its item, an inner node from the mean of its items.
+
+    Args:
+        trie: tree.
+        dim: D of the decoder.
+        node_embeddings: start values.
+        kind, temperature: similarity of query and node.
+
+    Shapes:
+        node_embeddings: (num_nodes, N) float32.
+    """
+
+    def __init__(
+        self, trie: DeviceTrie, dim: int, node_embeddings: torch.Tensor, kind: str, temperature: float
+    ) -> None:
+        super().__init__()
+        self.trie, self.kind, self.scale = [trie], kind, scale_of(kind, temperature)
+        self.nodes = nn.Embedding.from_pretrained(node_embeddings.clone(), freeze=False)
+        self.query = nn.Linear(dim, node_embeddings.shape[1])
+
+    def forward(self, hidden_BD: torch.Tensor, nodes_B: torch.Tensor, level: int) -> torch.Tensor:
+        """Logits of the children of `nodes_B`, (B, C) float32, -inf where padded."""
+        trie = self.trie[0]
+        query = self.query(hidden_BD)
+        with torch.autocast(query.device.type, enabled=False):
+            query = query.float()
+            if self.kind == "cosine":
+                query = F.normalize(query, dim=-1)
+            if level == 0:  # dense first level: one matrix product, the same children for every row
+                table = self._unit(self.nodes.weight[1 : 1 + trie.widths[0]])
+                return query @ table.T * self.scale
+            children, valid = trie.children_of(nodes_B, level)
+            table_BCN = self._unit(self.nodes(children))
+            logits = torch.einsum("bn,bcn->bc", query, table_BCN) * self.scale
+            return logits.masked_fill(~valid, float("-inf"))
+
+    def _unit(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.normalize(rows, dim=-1) if self.kind == "cosine" else rows
+
+
+class PerLevelHead(nn.Module):
+    """One K-way linear head a level, as the paper writes it.
+
+    In training (`constrain=False`) the softmax runs over all K codes; in search only over codes that exist
+    below the node.
+    """
+
+    def __init__(self, trie: DeviceTrie, dim: int) -> None:
+        super().__init__()
+        self.trie = [trie]
+        self.levels = nn.ModuleList(nn.Linear(dim, trie.num_codes) for _ in range(trie.max_depth))
+
+    def code_logits(self, hidden_BD: torch.Tensor, level: int) -> torch.Tensor:
+        """Logits over all K codes of a level, (B, K) float32."""
+        return self.levels[level](hidden_BD).float()
+
+    def forward(self, hidden_BD: torch.Tensor, nodes_B: torch.Tensor, level: int) -> torch.Tensor:
+        """Logits of the children of `nodes_B`, (B, C) float32, -inf where padded."""
+        children, valid = self.trie[0].children_of(nodes_B, level)
+        codes = self.trie[0].code[children].clamp(min=0)
+        return self.code_logits(hidden_BD, level).gather(1, codes).masked_fill(~valid, float("-inf"))

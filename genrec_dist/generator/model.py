@@ -1,0 +1,252 @@
+"""PRORec Stage II: encoder over the history, decoder over item codes, distillation token. Single device.
+
+Decoder input: [BOS, c_1, ..., c_L, DIS] (`distill_position: end`, as the paper has it) or [DIS, BOS, c_1, ...]
+(`start`: the token sees only the user). The state at BOS predicts c_1, at c_1 predicts c_2, and so on.
+
+Shape legend: B batch, S source length, T decoder length, D width, L code length, N items.
+Source: PRORec section 3.4, equations 6 to 8.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genrec_dist.collaborative.backbones import recency
+from genrec_dist.collaborative.losses import scale_of, similarity
+from genrec_dist.config import GeneratorConfig
+from genrec_dist.generator.heads import ChildHead, DeviceTrie, PerLevelHead
+from genrec_dist.generator.transformer import DecoderLayer, EncoderLayer, KeyValue, init_weights
+from genrec_dist.identifiers.trie import Trie
+
+Memory = tuple[list[KeyValue], torch.Tensor]
+
+
+class Generator(nn.Module):
+    """Encoder-decoder that generates the codes of the next item.
+
+    Args:
+        config: generator section.
+        trie: codes and tree of all items.
+        integrated: Stage I embeddings: encoder input, start of the node embeddings, distillation targets.
+
+    Shapes:
+        integrated: (num_items, N) float32.
+    """
+
+    integrated: torch.Tensor
+
+    def __init__(self, config: GeneratorConfig, trie: Trie, integrated: torch.Tensor) -> None:
+        super().__init__()
+        self.config, dim = config, config.dim
+        self.trie = DeviceTrie(trie)
+        self.register_buffer("integrated", F.normalize(integrated, dim=-1), persistent=False)
+        width = integrated.shape[1]
+        layer = (dim, config.num_heads, config.ffn_multiplier, config.dropout)
+
+        self.position = nn.Embedding(config.max_history, dim)
+        if config.encoder_input == "item":
+            self.item_in = nn.Linear(width, dim)
+        if config.encoder_input == "codes" or config.head == "per_level":
+            self.code_in = nn.Embedding(self.trie.max_depth * self.trie.num_codes, dim)
+        self.encoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(config.num_encoder_layers))
+        self.encoder_norm = nn.LayerNorm(dim)
+        self.source_norm = nn.LayerNorm(dim)
+
+        self.bos = nn.Parameter(torch.zeros(dim))
+        self.step = nn.Embedding(self.trie.max_depth + 2, dim)
+        self.decoder = nn.ModuleList(DecoderLayer(*layer) for _ in range(config.num_decoder_layers))
+        self.decoder_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.apply(init_weights)
+        nn.init.normal_(self.bos, std=0.02)
+
+        if config.encoder_input == "item":
+            self.item = nn.Embedding.from_pretrained(
+                self.integrated.clone(), freeze=not config.train_item_embeddings
+            )
+        if config.head == "child":
+            nodes = node_means(trie, self.integrated)
+            self.head: ChildHead | PerLevelHead = ChildHead(
+                self.trie, dim, nodes, config.head_similarity, config.head_temperature
+            )
+            self.node_in = nn.Linear(width, dim)
+            self.head.query.apply(init_weights)
+        else:
+            self.head = PerLevelHead(self.trie, dim)
+            self.head.apply(init_weights)
+        if config.distill_weight:
+            self.dis = nn.Parameter(torch.randn(dim) * 0.02)
+            self.dis_out = nn.Linear(dim, width)
+
+    # Encoder
+
+    def encode(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> Memory:
+        """Keys and values of every decoder layer over the encoded history, and their mask (B, 1, 1, S)."""
+        x_BSD, mask_BS = self._source(history_BS, mask_BS)
+        mask = mask_BS[:, None, None, :]
+        x_BSD = self.dropout(self.source_norm(x_BSD))
+        for layer in self.encoder:
+            x_BSD = layer(x_BSD, mask)
+        x_BSD = self.encoder_norm(x_BSD)
+        return [layer.cross_attention.project(x_BSD) for layer in self.decoder], mask
+
+    def _source(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        place = self.position(recency(mask_BS))
+        if self.config.encoder_input == "item":
+            return self.item_in(self.item(history_BS)) + place, mask_BS
+        levels = self.trie.max_depth
+        tokens = self._code_tokens(self.trie.item_path[history_BS])  # (B, S, L, D)
+        tokens = tokens + place[:, :, None]
+        exists = torch.arange(levels, device=mask_BS.device) < self.trie.depth[history_BS][..., None]
+        batch, length = mask_BS.shape
+        keep = mask_BS[..., None] & exists
+        return tokens.reshape(batch, length * levels, -1), keep.reshape(batch, length * levels)
+
+    def _code_tokens(self, nodes: torch.Tensor) -> torch.Tensor:
+        """Embedding of the (level, code) of each node, (..., D); the root has none."""
+        level = (self.trie.level[nodes] - 1).clamp(min=0)
+        return self.code_in(level * self.trie.num_codes + self.trie.code[nodes].clamp(min=0))
+
+    # Decoder
+
+    def node_tokens(self, nodes: torch.Tensor) -> torch.Tensor:
+        """Decoder input of trie nodes, (..., D)."""
+        if isinstance(self.head, ChildHead):
+            return self.node_in(self.head._unit(self.head.nodes(nodes)))
+        return self._code_tokens(nodes)
+
+    def decode(
+        self,
+        x_BTD: torch.Tensor,
+        memory: Memory,
+        cache: list[KeyValue] | None = None,
+        beams: int = 1,
+    ) -> tuple[torch.Tensor, list[KeyValue]]:
+        """Decoder states of input embeddings (positions already added), and the grown cache."""
+        keys, mask = memory
+        grown = []
+        x_BTD = self.dropout(x_BTD)
+        for i, layer in enumerate(self.decoder):
+            x_BTD, kv = layer(x_BTD, keys[i], mask, cache[i] if cache is not None else None, beams)
+            grown.append(kv)
+        return self.decoder_norm(x_BTD), grown
+
+    def start_tokens(self, batch: int) -> torch.Tensor:
+        """First decoder inputs, (B, 1 or 2, D): [BOS], or [DIS, BOS] when the token stands at the start."""
+        tokens = [self.bos + self.step.weight[0]]
+        if self.config.distill_weight and self.config.distill_position == "start":
+            tokens.insert(0, self._dis_token())
+        return torch.stack(tokens).expand(batch, -1, -1)
+
+    def path_tokens(self, nodes_BT: torch.Tensor, first_level: int = 1) -> torch.Tensor:
+        """Decoder inputs of path nodes at levels first_level, first_level + 1, ...; (B, T, D)."""
+        levels = torch.arange(first_level, first_level + nodes_BT.shape[1], device=nodes_BT.device)
+        return self.node_tokens(nodes_BT) + self.step(levels)
+
+    def _dis_token(self) -> torch.Tensor:
+        return self.dis + self.step.weight[self.trie.max_depth + 1]
+
+    def distilled(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Query of the distillation token in the space of the integrated embeddings."""
+        return self.dis_out(hidden)
+
+    def dense_logits(self, query_BN: torch.Tensor, candidates: torch.Tensor | None = None) -> torch.Tensor:
+        """Distillation logits of all items, (B, num_items); or of one item a row, (B,)."""
+        scale = scale_of(self.config.distill_similarity, self.config.distill_temperature)
+        if candidates is None:
+            return similarity(query_BN, self.integrated, self.config.distill_similarity) * scale
+        with torch.autocast(query_BN.device.type, enabled=False):
+            query = query_BN.float()
+            if self.config.distill_similarity == "cosine":
+                query = F.normalize(query, dim=-1)
+            return (query * self.integrated[candidates]).sum(-1) * scale
+
+    # Training
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        """L_gen + beta L_distillation (equation 8).
+
+        Args:
+            batch: history, mask (B, S), target (B,), count; `distill_negatives` (M,) when they are sampled.
+        """
+        config, target = self.config, batch["target"]
+        memory = self.encode(batch["history"], batch["mask"])
+        path_BL, depth_B = self.trie.item_path[target], self.trie.depth[target]
+        inputs = [self.start_tokens(len(target)), self.path_tokens(path_BL)]
+        at_end = bool(config.distill_weight) and config.distill_position == "end"
+        x_BTD = torch.cat(inputs, 1)
+        if at_end:  # right behind the last code of each item; what follows is invisible to it
+            x_BTD = torch.cat([x_BTD, x_BTD.new_zeros(len(target), 1, x_BTD.shape[2])], 1)
+            place = (depth_B + 1)[:, None] == torch.arange(x_BTD.shape[1], device=target.device)
+            x_BTD = torch.where(place[..., None], self._dis_token().to(x_BTD.dtype), x_BTD)
+        hidden, _ = self.decode(x_BTD, memory)
+        bos = inputs[0].shape[1] - 1
+        loss_gen = self._code_loss(hidden[:, bos:], path_BL, depth_B) / batch["count"]
+        losses = {"loss": loss_gen, "loss_gen": loss_gen}
+        if config.distill_weight:
+            at = depth_B + 1 if at_end else torch.zeros_like(depth_B)
+            query = self.distilled(hidden[torch.arange(len(target), device=target.device), at])
+            losses["loss_distill"] = self._distill_loss(query, target, batch) / batch["count"]
+            losses["loss"] = loss_gen + config.distill_weight * losses["loss_distill"]
+        return losses
+
+    def _code_loss(self, hidden: torch.Tensor, path_BL: torch.Tensor, depth_B: torch.Tensor) -> torch.Tensor:
+        """Equation 6, summed over levels and rows. Levels past an item's depth do not count."""
+        total = hidden.new_zeros((), dtype=torch.float32)
+        smoothing = self.config.label_smoothing
+        for level in range(self.trie.max_depth):
+            node = path_BL[:, level]
+            parent = self.trie.parent[node] if level else torch.zeros_like(node)
+            if isinstance(self.head, PerLevelHead):
+                logits, label = self.head.code_logits(hidden[:, level], level), self.trie.code[node]
+            else:
+                logits, label = self.head(hidden[:, level], parent, level), node - self.trie.first_child[parent]
+            here = depth_B > level
+            label = label.where(here, torch.full_like(label, -100))
+            # A row without children here would give -inf - (-inf): its logits are replaced, its label ignored.
+            logits = logits.masked_fill(~here[:, None], 0.0)
+            total = total + _cross_entropy(logits, label, smoothing)
+        return total
+
+    def _distill_loss(self, query: torch.Tensor, target: torch.Tensor, batch: dict) -> torch.Tensor:
+        """Equation 7, summed: contrast with the target's integrated embedding."""
+        if "distill_negatives" not in batch:
+            return F.cross_entropy(self.dense_logits(query), target, reduction="sum")
+        positive = self.dense_logits(query, target)
+        negatives = batch["distill_negatives"]
+        scale = scale_of(self.config.distill_similarity, self.config.distill_temperature)
+        logits = similarity(query, self.integrated[negatives], self.config.distill_similarity) * scale
+        logits = logits.masked_fill(negatives[None] == target[:, None], float("-inf"))
+        joined = torch.cat([positive[:, None], logits], 1)
+        return (torch.logsumexp(joined, 1) - positive).sum()
+
+
+def _cross_entropy(logits: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Summed cross-entropy, smoothing spread over the existing (finite) classes only."""
+    plain = F.cross_entropy(logits, label, ignore_index=-100, reduction="sum")
+    if not smoothing:
+        return plain
+    log_p = logits.log_softmax(1)
+    finite = torch.isfinite(log_p)
+    uniform = -(log_p.masked_fill(~finite, 0.0).sum(1) / finite.sum(1))
+    return (1 - smoothing) * plain + smoothing * uniform[label >= 0].sum()
+
+
+def node_means(trie: Trie, embeddings: torch.Tensor) -> torch.Tensor:
+    """Start values of the node embeddings: mean over the items below each node.
+
+    Shapes:
+        embeddings: (num_items, N). Returns (num_nodes, N) float32.
+    """
+    path = torch.from_numpy(trie.item_path.astype("int64"))
+    depth = torch.from_numpy(trie.depth.astype("int64"))
+    sums = torch.zeros(trie.num_nodes, embeddings.shape[1], dtype=torch.float64)
+    counts = torch.zeros(trie.num_nodes, dtype=torch.float64)
+    sums[0], counts[0] = embeddings.double().sum(0), len(embeddings)
+    for level in range(trie.max_depth):
+        here = depth > level
+        sums.index_add_(0, path[here, level], embeddings[here].double())
+        counts.index_add_(0, path[here, level], torch.ones(int(here.sum()), dtype=torch.float64))
+    return (sums / counts[:, None]).float()

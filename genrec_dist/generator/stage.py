@@ -1,0 +1,106 @@
+"""Generator stage (PRORec Stage II): codebook + integrated embeddings + sequences -> trained generator.
+
+Writes model.safetensors (best on validation NDCG@10), curves.jsonl and summary.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from genrec_dist.artifacts.embeddings import read_embeddings
+from genrec_dist.artifacts.files import write_json
+from genrec_dist.catalog.dataset import Catalog, Sequences
+from genrec_dist.config import Config, GeneratorConfig
+from genrec_dist.evaluation.generative import list_ranks
+from genrec_dist.evaluation.metrics import rank_metrics
+from genrec_dist.generator.model import Generator
+from genrec_dist.identifiers.trie import Trie
+from genrec_dist.pipeline import Stage, StageContext
+from genrec_dist.training.engine import make_engine
+from genrec_dist.training.launch import launch
+from genrec_dist.training.loop import train
+from genrec_dist.training.samples import holdout_samples
+from genrec_dist.training.tasks import PrefixBatches, uniform_negatives
+from genrec_dist.training.worker import Worker
+
+
+def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: Stage) -> Stage:
+    """Stage that trains the generator."""
+    evaluation = config.evaluation
+    settings = {
+        "generator": config.generator.model_dump(mode="json"),
+        "seed": config.seed,
+        "validation_users": evaluation.validation_users,
+        "validation_beam": evaluation.validation_beam,
+        "mix_weight": evaluation.mix_weight,
+    }
+    inputs = {"catalog": catalog, "fusion": fusion, "identifiers": identifiers}
+    return Stage("generator", 1, settings, inputs, lambda context: launch(train_generator, context, settings))
+
+
+def build_model(config: GeneratorConfig, fusion: Path, identifiers: Path) -> Generator:
+    """The generator with fresh weights."""
+    return Generator(config, Trie.load(identifiers), torch.from_numpy(read_embeddings(fusion)))
+
+
+def load_model(config: GeneratorConfig, fusion: Path, identifiers: Path, generator: Path) -> Generator:
+    """The trained generator of a finished artifact, in eval mode."""
+    model = build_model(config, fusion, identifiers)
+    missing, unexpected = model.load_state_dict(load_file(generator / "model.safetensors"), strict=False)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert not unexpected and set(missing) <= frozen, (missing, unexpected)
+    return model.eval()
+
+
+class GeneratorTask:
+    """Model, data order and validation of Stage II."""
+
+    def __init__(self, model: Generator, sequences: Sequences, worker: Worker, settings: dict) -> None:
+        config = model.config
+        self.model, self.config, self.settings = model, config, settings
+        self.batches = PrefixBatches.build(
+            sequences,
+            config.max_history,
+            config.optim.batch_size,
+            settings["seed"],
+            config.optim.length_buckets,
+            worker.device,
+        )
+        self.order = self.batches.order
+        self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
+
+    def batch(self, indices: np.ndarray, worker: Worker) -> dict:
+        batch = self.batches.local(indices, worker)
+        if self.config.distill_weight and self.config.distill_negatives:
+            batch["distill_negatives"] = uniform_negatives(
+                self.model.trie.num_items, self.config.distill_negatives, self.settings["seed"], indices, worker.device
+            )
+        return batch
+
+    def validate(self, worker: Worker) -> dict[str, float]:
+        ranks = list_ranks(
+            self.model,
+            self.valid,
+            worker,
+            width=self.settings["validation_beam"],
+            mix_weight=self.settings["mix_weight"],
+            limit=self.settings["validation_users"],
+        )
+        return rank_metrics(ranks, [10])
+
+
+def train_generator(worker: Worker, context: StageContext, settings: dict) -> None:
+    """Worker function: train the generator."""
+    config = GeneratorConfig.model_validate(settings["generator"])
+    sequences = Catalog(context.inputs["catalog"]).sequences
+    torch.manual_seed(settings["seed"])
+    model = build_model(config, context.inputs["fusion"], context.inputs["identifiers"]).to(worker.device)
+    task = GeneratorTask(model, sequences, worker, settings)
+    engine = make_engine(model, config.optim, worker, context.runtime)
+    summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])
+    if worker.is_main:
+        write_json(context.out / "summary.json", summary)

@@ -1,0 +1,151 @@
+"""Pre-norm Transformer layers on one device, shared by the generators and the self-attentive baselines.
+
+Shape legend: B batch, Q query length, S source length, D width, H heads, E width of a head.
+Source: Vaswani et al. (2017); pre-norm as in Xiong et al. (2020).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention.
+
+    Args:
+        dim: D, a multiple of `num_heads`.
+        num_heads: H.
+        dropout: of the attention weights, in training.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def project(self, source_BSD: torch.Tensor) -> KeyValue:
+        """Keys and values, each (B, H, S, E)."""
+        batch, length, _ = source_BSD.shape
+        both = self.key_value(source_BSD).view(batch, length, 2, self.num_heads, -1)
+        key, value = both.permute(2, 0, 3, 1, 4)
+        return key, value
+
+    def forward(
+        self,
+        query_BQD: torch.Tensor,
+        key_value: KeyValue,
+        mask: torch.Tensor | None = None,
+        causal: bool = False,
+    ) -> torch.Tensor:
+        """Attend from the queries to projected keys and values.
+
+        Shapes:
+            query_BQD: (B, Q, D).
+            mask: bool, True where attention is allowed, broadcastable to (B, H, Q, S).
+            returns: (B, Q, D).
+        """
+        batch, length, dim = query_BQD.shape
+        query = self.query(query_BQD).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        key, value = key_value
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )
+        return self.out(out.transpose(1, 2).reshape(batch, length, dim))
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, dim: int, multiplier: int, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(dim, multiplier * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(multiplier * dim, dim)
+        )
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, residual, pre-norm."""
+
+    def __init__(self, dim: int, num_heads: int, multiplier: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads, dropout)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, multiplier, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BSD: torch.Tensor, mask: torch.Tensor | None, causal: bool = False) -> torch.Tensor:
+        normed = self.attention_norm(x_BSD)
+        x_BSD = x_BSD + self.dropout(self.attention(normed, self.attention.project(normed), mask, causal))
+        return x_BSD + self.dropout(self.ffn(self.ffn_norm(x_BSD)))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention with an optional cache, cross-attention, feed-forward."""
+
+    def __init__(self, dim: int, num_heads: int, multiplier: int, dropout: float) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(dim)
+        self.self_attention = Attention(dim, num_heads, dropout)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.cross_attention = Attention(dim, num_heads, dropout)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, multiplier, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x_BQD: torch.Tensor,
+        memory: KeyValue,
+        memory_mask: torch.Tensor,
+        cache: KeyValue | None = None,
+        beams: int = 1,
+    ) -> tuple[torch.Tensor, KeyValue]:
+        """One layer.
+
+        Args:
+            x_BQD: decoder states; with `beams` W > 1 the batch is users x beams, beams of a user consecutive.
+            memory: keys and values of the encoder, one a user, shared by its beams.
+            memory_mask: (users, 1, 1, S) bool, True at items.
+            cache: keys and values of earlier positions; the new ones are appended.
+            beams: W.
+
+        Returns:
+            States and the grown self-attention cache.
+        """
+        normed = self.self_norm(x_BQD)
+        key, value = self.self_attention.project(normed)
+        if cache is not None:
+            key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
+        length, total = normed.shape[1], key.shape[2]
+        # Query i sits at position total - length + i and may look at itself and all before it.
+        mask = None
+        if length > 1:
+            mask = torch.ones(length, total, dtype=torch.bool, device=key.device).tril(total - length)
+        x_BQD = x_BQD + self.dropout(self.self_attention(normed, (key, value), mask))
+        # Beams of a user become query positions of one row: the memory is never copied.
+        batch, _, dim = x_BQD.shape
+        normed = self.cross_norm(x_BQD).view(batch // beams, beams * length, dim)
+        crossed = self.cross_attention(normed, memory, memory_mask).view(batch, length, dim)
+        x_BQD = x_BQD + self.dropout(crossed)
+        return x_BQD + self.dropout(self.ffn(self.ffn_norm(x_BQD))), (key, value)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Normal(0, 0.02) for matrices and embeddings, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

@@ -1,0 +1,67 @@
+"""Method name -> its stages. Reading a function here tells the whole method."""
+
+from __future__ import annotations
+
+from genrec_dist.artifacts.files import read_json
+from genrec_dist.baselines.sasrec import sasrec_stage
+from genrec_dist.catalog.stage import catalog_stage
+from genrec_dist.collaborative.stage import fusion_stage
+from genrec_dist.config import Config
+from genrec_dist.evaluation.stage import evaluation_stage
+from genrec_dist.generator.stage import generator_stage
+from genrec_dist.identifiers.stage import identifier_stage
+from genrec_dist.pipeline import Stage
+from genrec_dist.runs import RunFolder
+from genrec_dist.semantic.stage import semantic_stage
+
+
+def prorec(config: Config, catalog: Stage) -> list[Stage]:
+    """PRORec: fuse text and behaviour, cluster into unicodes, generate the next item's code."""
+    semantic = semantic_stage(config, catalog)
+    fusion = fusion_stage(config, catalog, semantic)
+    identifiers = identifier_stage(config, fusion)
+    generator = generator_stage(config, catalog, fusion, identifiers)
+    inputs = {"catalog": catalog, "fusion": fusion, "identifiers": identifiers, "generator": generator}
+    return [semantic, fusion, identifiers, generator, evaluation_stage(config, "generator", inputs, "evaluation")]
+
+
+def sasrec(config: Config, catalog: Stage) -> list[Stage]:
+    """SASRec as the main model, with the similarity of the `sasrec` section."""
+    return reference(config, catalog, f"sasrec_{config.sasrec.similarity}", main=True)
+
+
+def popularity(config: Config, catalog: Stage) -> list[Stage]:
+    """Popularity as the main model."""
+    return reference(config, catalog, "popularity", main=True)
+
+
+def reference(config: Config, catalog: Stage, name: str, main: bool = False) -> list[Stage]:
+    """A reference in the same harness: train (if there is anything to train) and evaluate."""
+    label = "evaluation" if main else f"evaluation {name}"
+    if name == "popularity":
+        return [evaluation_stage(config, name, {"catalog": catalog}, label)]
+    trained = sasrec_stage(config, catalog, name.removeprefix("sasrec_"))
+    return [trained, evaluation_stage(config, name, {"catalog": catalog, "sasrec": trained}, label)]
+
+
+METHODS = {"prorec": prorec, "sasrec": sasrec, "popularity": popularity}
+
+
+def build_stages(config: Config) -> list[Stage]:
+    """All stages of a run, references included, inputs first."""
+    catalog = catalog_stage(config)
+    stages = [catalog, *METHODS[config.method](config, catalog)]
+    for name in config.references:
+        stages += reference(config, catalog, name)
+    return stages
+
+
+def collect_metrics(config: Config, run: RunFolder) -> dict:
+    """Metrics of the main model and of every reference, from the run's evaluation artifacts."""
+    return {
+        "method": config.method,
+        "main": read_json(run.artifact("evaluation") / "metrics.json"),
+        "references": {
+            name: read_json(run.artifact(f"evaluation {name}") / "metrics.json") for name in config.references
+        },
+    }

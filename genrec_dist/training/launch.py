@@ -1,0 +1,117 @@
+"""Run a worker function under Ray Train, torchrun or in the plain process.
+
+A worker function takes (worker, context, settings) and leaves its results as files in `context.out`. Typed
+errors raised in a Ray worker come back as they were and are not retried; node loss and crashes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from genrec_dist import errors
+from genrec_dist.artifacts.files import read_json, write_json
+from genrec_dist.cluster import ensure_ray, worker_threads
+from genrec_dist.errors import GenrecError, TrainingError
+from genrec_dist.pipeline import StageContext
+from genrec_dist.training.worker import Worker, plain_worker, setup_torch
+
+WorkerFunction = Callable[[Worker, StageContext, dict], None]
+
+
+def launch(function: WorkerFunction, context: StageContext, settings: dict) -> None:
+    """Run `function` on every worker and wait.
+
+    Args:
+        function: importable top-level function.
+        context: stage context, also given to the workers.
+        settings: JSON-ready settings of the stage.
+
+    Raises:
+        GenrecError: as raised by the function.
+        TrainingError: a worker died more often than the retry budget allows.
+    """
+    runtime = context.runtime
+    if runtime.backend == "ray":
+        _launch_ray(function, context, settings)
+    else:
+        worker = plain_worker(runtime)
+        setup_torch(worker, worker_threads(runtime))
+        function(worker, context, settings)
+
+
+def _launch_ray(function: WorkerFunction, context: StageContext, settings: dict) -> None:
+    runtime = context.runtime
+    ray = ensure_ray(runtime)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    error_file = context.scratch / "worker_error.json"
+    error_file.unlink(missing_ok=True)
+    use_gpu = runtime.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= runtime.num_workers
+    threads = worker_threads(runtime)
+    trainer = TorchTrainer(
+        _ray_entry,
+        train_loop_config={
+            "function": function,
+            "context": context,
+            "settings": settings,
+            "threads": threads,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=runtime.num_workers, use_gpu=use_gpu, resources_per_worker=_resources(use_gpu)
+        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=RunConfig(
+            name=context.key,
+            storage_path=str(context.scratch / "ray_train"),
+            failure_config=FailureConfig(max_failures=runtime.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise TrainingError(
+            "training failed on the Ray workers, retries exhausted",
+            where=context.title,
+            got=f"{type(error).__name__}: {error}"[:2000],
+            fix="see the run's logs; the same command continues from the last checkpoint",
+        ) from error
+    if error_file.exists():
+        raise rebuild_error(read_json(error_file))
+
+
+def _resources(use_gpu: bool) -> dict[str, float]:
+    return {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}
+
+
+def _ray_entry(config: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    ray_context = ray.train.get_context()
+    context: StageContext = config["context"]
+    worker = Worker(
+        ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device()
+    )
+    setup_torch(worker, config["threads"])
+    try:
+        config["function"](worker, context, config["settings"])
+    except GenrecError as error:
+        write_json(context.scratch / "worker_error.json", describe_error(error))
+
+
+def describe_error(error: GenrecError) -> dict:
+    """A typed error as JSON."""
+    return {"type": type(error).__name__, "what": error.what} | {
+        name: None if getattr(error, name) is None else str(getattr(error, name))
+        for name in ("where", "got", "expected", "fix")
+    }
+
+
+def rebuild_error(record: dict) -> GenrecError:
+    """The typed error that `describe_error` described."""
+    kind = getattr(errors, record["type"], GenrecError)
+    what = record["what"]
+    return kind(what, **{k: record[k] for k in ("where", "got", "expected", "fix")})
+

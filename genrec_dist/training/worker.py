@@ -1,0 +1,82 @@
+"""What a training or evaluation function knows of its worker: rank, world size, device, collectives.
+
+Ray Train, torchrun or a plain call can supply it, so the same loop runs in all three. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from genrec_dist.config import RuntimeConfig
+from genrec_dist.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a distributed job.
+
+    Args:
+        rank: 0..world_size-1.
+        world_size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all workers, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Worker 0's values everywhere, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> device.
+
+    Raises:
+        ClusterError: cuda is asked for and not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            "no CUDA device", where="runtime.device", got=name, expected="a visible GPU", fix="use device=cpu"
+        )
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def plain_worker(runtime: RuntimeConfig) -> Worker:
+    """Worker of a plain process, or of torchrun when its environment variables are set."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = pick_device(runtime.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Worker(int(os.environ.get("RANK", "0")), world_size, device)
+
+
+def setup_torch(worker: Worker, threads: int) -> None:
+    """Deterministic CPU kernels, TF32 on GPUs, a fixed thread count (results on CPU depend on it)."""
+    torch.set_num_threads(threads)
+    if worker.device.type == "cuda":
+        torch.cuda.set_device(worker.device)
+        torch.set_float32_matmul_precision("high")

@@ -1,0 +1,1 @@
+"""The front door: command line, screen, status, dry run, doctor. Importing it loads no torch, Ray or pandas."""

@@ -1,0 +1,253 @@
+"""The `genrec` command. Each command is a few lines; heavy modules are imported when a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genrec_dist import __version__
+from launcher.console import guarded, metrics_table, out, print_json
+
+app = typer.Typer(
+    name="genrec",
+    help="Raw product reviews in, a trained generative recommender and an honest study out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 bad data, 4 cluster or resources, 5 training "
+    "failed, 6 finished with too many failed rows, 75 preempted (run it again), 130 interrupted.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
+data_app = typer.Typer(no_args_is_help=True, help="Make a synthetic catalog, describe a catalog.")
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+
+class Resume(StrEnum):
+    """What to do with work that an earlier call left."""
+
+    auto = "auto"
+    require = "require"
+    never = "never"
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. fusion.dim=64. Repeatable."),
+]
+StorePath = Annotated[Path, typer.Option("--store", help="Artifact store.", envvar="GENREC_STORE")]
+RunsPath = Annotated[Path, typer.Option("--runs", help="Folder of all runs.", envvar="GENREC_RUNS")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+STORE, RUNS = Path("store"), Path("runs")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"genrec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@guarded
+def run(
+    config: ConfigPath,
+    settings: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print stages, sizes, costs and batches; start nothing.")
+    ] = False,
+    resume: Annotated[
+        Resume,
+        typer.Option(
+            help="auto: continue and reuse. require: fail unless there is work to continue. never: throw unfinished "
+            "builds away (finished artifacts are reused all the same)."
+        ),
+    ] = Resume.auto,
+    store: StorePath = STORE,
+    runs: RunsPath = RUNS,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run; default: the configuration's.")] = None,
+) -> None:
+    """Build what is missing, train, evaluate, report. The same command again continues where it stopped."""
+    from genrec_dist import methods
+    from genrec_dist.config import load_config
+    from launcher.run import check_batches, perform
+
+    overrides = [*(settings or []), *([f"name={name!r}"] if name else [])]
+    resolved = load_config(config, overrides)
+    check_batches(resolved)
+    stages = methods.build_stages(resolved)
+    if dry_run:
+        from launcher.dryrun import show_plan
+
+        show_plan(resolved, stages, store, out())
+        return
+    from launcher.results import finish_run, show_result
+
+    finished = perform(
+        resolved,
+        stages,
+        store=store,
+        runs=runs,
+        command=sys.argv,
+        resume=resume.value,
+        finish=lambda folder: finish_run(resolved, folder),
+    )
+    show_result(finished, out())
+
+
+@app.command()
+@guarded
+def status(run: RunName, json: AsJson = False, runs: RunsPath = RUNS) -> None:
+    """State of a run from its folder: running, finished, failed or interrupted, stages, progress, metrics."""
+    from genrec_dist.runs import RunFolder
+    from launcher.results import result_rows
+    from launcher.status import gather, show
+
+    found = gather(RunFolder.existing(runs, run))
+    if json:
+        print_json(found)
+        return
+    show(found, out())
+    if found["metrics"]:
+        out().print(metrics_table(result_rows(found["metrics"])))
+
+
+@app.command()
+@guarded
+def report(run: RunName, runs: RunsPath = RUNS) -> None:
+    """Write the HTML report of a run again."""
+    from genrec_dist.runs import RunFolder
+    from launcher.results import make_report
+
+    typer.echo(str(make_report(RunFolder.existing(runs, run))))
+
+
+@app.command()
+@guarded
+def recommend(
+    run: RunName,
+    history: Annotated[
+        str, typer.Option("--history", metavar="ID,ID,...", help="Item ids, oldest first.", show_default=False)
+    ],
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Number of items.")] = 10,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    json: AsJson = False,
+    runs: RunsPath = RUNS,
+) -> None:
+    """Recommend items to a user with this history."""
+    from genrec_dist.runs import RunFolder
+    from launcher.results import recommend_items, show_recommendations
+
+    items = recommend_items(RunFolder.existing(runs, run), history, top_k, device)
+    if json:
+        print_json(items)
+    else:
+        show_recommendations(items, out())
+
+
+@config_app.command("show")
+@guarded
+def config_show(config: ConfigPath, settings: Overrides = None) -> None:
+    """Print every key with its resolved value, as YAML."""
+    from genrec_dist.config import dump_config, load_config
+
+    typer.echo(dump_config(load_config(config, settings)), nl=False)
+
+
+@config_app.command("validate")
+@guarded
+def config_validate(config: ConfigPath, settings: Overrides = None) -> None:
+    """Check a configuration and print what follows from it."""
+    from genrec_dist import methods
+    from genrec_dist.config import load_config
+    from genrec_dist.pipeline import closure
+    from launcher.run import check_batches
+
+    resolved = load_config(config, settings)
+    check_batches(resolved)
+    stages = closure(methods.build_stages(resolved))
+    typer.echo(f"ok: {resolved.name}, method {resolved.method}, {len(stages)} stages")
+    for stage in stages:
+        typer.echo(f"  {stage.title}  {stage.key}")
+
+
+@data_app.command("synth")
+@guarded
+def data_synth(
+    items: Annotated[int, typer.Option("--items", min=1, help="Number of items.", show_default=False)],
+    users: Annotated[int, typer.Option("--users", min=1, help="Number of users.", show_default=False)],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write into.", show_default=False)],
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same files.")] = 0,
+) -> None:
+    """Write a synthetic catalog with a planted structure, as raw Amazon-2014 files."""
+    from launcher.data import synthesize
+
+    synthesize(folder, items, users, seed, out())
+
+
+@data_app.command("describe")
+@guarded
+def data_describe(
+    source: Annotated[
+        Path, typer.Argument(metavar="CONFIG_OR_FOLDER", help="YAML file, or a catalog artifact.", show_default=False)
+    ],
+    settings: Overrides = None,
+    json: AsJson = False,
+    store: StorePath = STORE,
+    runs: RunsPath = RUNS,
+) -> None:
+    """Statistics, ledger and examples of a catalog; a configuration's catalog is built or reused."""
+    from launcher.data import catalog_folder, show_description
+
+    folder = catalog_folder(source, settings, store, runs, sys.argv)
+    from genrec_dist.catalog.describe import describe
+
+    description = describe(folder)
+    if json:
+        print_json(description)
+    else:
+        show_description(description, folder, out())
+
+
+@app.command()
+@guarded
+def doctor(
+    json: AsJson = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Start a private Ray and run one task in it.")] = False,
+) -> None:
+    """Check this machine: packages, compiler, cores, memory, disk, GPU, Ray, DGL. Exit 4 if something is missing."""
+    from genrec_dist.errors import EXIT_CLUSTER
+    from launcher.doctor import examine, show_checks
+
+    checks = examine(start_ray=ray)
+    if json:
+        print_json([check.as_dict() for check in checks])
+    else:
+        show_checks(checks, out())
+    if any(check.state == "missing" for check in checks):
+        raise typer.Exit(EXIT_CLUSTER)
+
+
+def main() -> None:
+    """Console script."""
+    app(prog_name="genrec")
+
+
+if __name__ == "__main__":
+    main()

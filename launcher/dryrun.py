@@ -1,0 +1,249 @@
+"""`genrec run --dry-run`: what a run would build, hold and compute. Reads only; makes no file or folder.
+
+Numbers come from finished artifacts where the store has them, else from the input files' metadata or the
+settings; every estimate is marked as one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from genrec_dist.config import Config
+from genrec_dist.pipeline import Stage, closure
+from genrec_dist.studies.sizes import (
+    Batches,
+    CodebookSize,
+    Counts,
+    ModelSize,
+    batch_arithmetic,
+    expected_codebook,
+    fusion_size,
+    generator_size,
+    sasrec_size,
+    training_memory,
+)
+from launcher.run import has_unfinished, is_finished, trained_sections
+
+MINILM_DIM = 384
+DEFAULT_DIM = 768
+
+
+@dataclass
+class Loop:
+    """One gradient loop of the run: its sizes, batches and memory."""
+
+    name: str
+    size: ModelSize
+    batches: Batches
+    memory: dict[str, float]
+
+
+@dataclass
+class Plan:
+    """Everything a dry run prints."""
+
+    stages: list[tuple[str, str, str]]
+    counts: Counts | None
+    codebook: CodebookSize | None
+    loops: list[Loop]
+    notes: list[str]
+
+
+def make_plan(config: Config, stages: list[Stage], store: Path) -> Plan:
+    """Work out a run without starting anything.
+
+    Args:
+        config: resolved configuration.
+        stages: the method's stages.
+        store: artifact store, need not exist.
+    """
+    ordered = closure(stages)
+    finished = {s.name: store / s.name / s.key for s in ordered if is_finished(s, store)}
+    rows = [(s.title, _action(s, store), s.key) for s in ordered]
+    notes: list[str] = []
+    counts = catalog_counts(config, finished.get("catalog"))
+    if counts is None:
+        notes.append("counts, parameters and costs are known after the catalog stage: raw reviews are not counted here")
+        return Plan(rows, None, None, [], notes)
+    if counts.note != "exact":
+        notes.append(f"counts: {counts.note}; what follows from them is an estimate too")
+    codebook = None
+    sizes: dict[str, tuple[ModelSize, int]] = {}
+    for section in trained_sections(config):
+        if section == "fusion":
+            sizes[section] = _fusion(config, counts, finished.get("semantic"), notes)
+        elif section == "generator":
+            codebook = codebook_size(config, counts, finished.get("identifiers"))
+            if codebook.note != "exact":
+                notes.append(f"codebook: {codebook.note}; k-means that splits unevenly goes deeper")
+            width = config.fusion.dim * (2 if concatenated(config) else 1)
+            sizes[section] = (
+                generator_size(config.generator, codebook, counts.num_items, width),
+                counts.num_prefixes,
+            )
+        else:
+            rows_of = max(counts.num_windows(config.sasrec.max_history), 1)
+            mean = counts.num_prefixes / rows_of
+            sizes[section] = (sasrec_size(config.sasrec, counts.num_items, mean), rows_of)
+    return Plan(rows, counts, codebook, [_loop(config, n, *s) for n, s in sizes.items()], notes)
+
+
+def concatenated(config: Config) -> bool:
+    """True when the integrated embedding is twice as wide as a table."""
+    return config.fusion.mode == "concat_pca" or config.fusion.integrated == "concat"
+
+
+def _action(stage: Stage, store: Path) -> str:
+    if is_finished(stage, store):
+        return "reuse"
+    return "continue" if has_unfinished(stage, store) else "build"
+
+
+def _loop(config: Config, name: str, size: ModelSize, samples: int) -> Loop:
+    runtime, optim = config.runtime, getattr(config, name).optim
+    batches = batch_arithmetic(samples, optim, runtime.num_workers)
+    zero = runtime.engine == "deepspeed" or (runtime.engine == "auto" and runtime.backend == "ray")
+    return Loop(name, size, batches, training_memory(size, batches.per_worker, runtime, zero=zero))
+
+
+def _fusion(config: Config, counts: Counts, semantic: Path | None, notes: list[str]) -> tuple[ModelSize, int]:
+    dim = semantic_dim(config, semantic)
+    if dim is None:
+        dim = DEFAULT_DIM
+        notes.append(f"semantic embeddings: width unknown before the stage has run, {dim} assumed")
+    settings, samples, mean = config.fusion, counts.num_prefixes, 1.0
+    if settings.backbone == "sasrec" and settings.loss == "full_softmax":  # a loss at every position of a row
+        samples = max(counts.num_windows(settings.max_history), 1)
+        mean = counts.num_prefixes / samples
+    return fusion_size(settings, counts.num_items, dim, mean), samples
+
+
+def catalog_counts(config: Config, artifact: Path | None) -> Counts | None:
+    """Users, items and interactions: exact from the artifact, else from metadata; None for raw reviews."""
+    if artifact is not None:
+        from genrec_dist.catalog.dataset import Catalog
+
+        sequences = Catalog(artifact).sequences
+        return Counts(
+            sequences.num_users, sequences.num_items, len(sequences.items), np.asarray(sequences.lengths), "exact"
+        )
+    catalog = config.catalog
+    if catalog.source == "synthetic":
+        from genrec_dist.catalog.synth_world import MEAN_LENGTH
+
+        settings = catalog.synthetic
+        return Counts(
+            settings.num_users,
+            settings.num_items,
+            settings.num_users * MEAN_LENGTH,
+            note="from the synthetic settings, before the k-core filter (upper bound)",
+        )
+    if catalog.source != "parquet":
+        return None
+    import pyarrow.parquet as pq
+
+    from genrec_dist.catalog.locate import locate_inputs
+
+    files = locate_inputs(catalog)
+    rows = sum(pq.read_metadata(f.path).num_rows for f in files.interactions)
+    items = sum(pq.read_metadata(f.path).num_rows for f in files.items)
+    users = rows // max(catalog.min_user_interactions, 1)
+    return Counts(
+        users, items, rows, note="from the Parquet files' metadata, before the filters (upper bounds; users: rows / k)"
+    )
+
+
+def semantic_dim(config: Config, artifact: Path | None) -> int | None:
+    """Width of the semantic embeddings, None when only the stage can tell."""
+    if artifact is not None:
+        return int(json.loads((artifact / "embeddings.zarr" / "zarr.json").read_text())["shape"][1])
+    if config.semantic.model == "minilm":
+        return MINILM_DIM
+    settings = Path(config.semantic.model).expanduser() / "config.json"
+    return json.loads(settings.read_text()).get("hidden_size") if settings.is_file() else None
+
+
+def codebook_size(config: Config, counts: Counts, artifact: Path | None) -> CodebookSize:
+    """Trie of the codebook: exact from the artifact, else as equal clusters would give it."""
+    if artifact is None:
+        return expected_codebook(config.identifiers, counts.num_items)
+    from genrec_dist.identifiers.trie import Trie
+
+    trie = Trie.load(artifact)
+    widths = tuple(trie.max_children(level) for level in range(trie.max_depth))
+    return CodebookSize(trie.num_nodes, trie.max_depth, int(trie.code.max()) + 1, widths)
+
+
+def show_plan(config: Config, stages: list[Stage], store: Path, console: Console) -> None:
+    """Print the plan of a run."""
+    plan = make_plan(config, stages, store)
+    console.print(f"[bold]{escape(config.name)}[/]: dry run, nothing is started; store {escape(str(store))}")
+    _print_stages(plan, console)
+    if plan.counts is not None:
+        counts, mark = plan.counts, "" if plan.counts.note == "exact" else "~"
+        console.print(
+            f"\n[bold]Counts[/]  {mark}{counts.num_users:,} users, {mark}{counts.num_items:,} items, "
+            f"{mark}{counts.num_interactions:,} interactions, {mark}{counts.num_prefixes:,} training prefixes"
+        )
+    if plan.codebook is not None:
+        book = plan.codebook
+        console.print(
+            f"[bold]Codebook[/]  depth {book.max_depth}, {book.num_codes} codes a level, {book.num_nodes:,} nodes"
+        )
+    for loop in plan.loops:
+        _print_loop(loop, config, console)
+    for note in plan.notes:
+        console.print(f"note: {escape(note)}", style="dim", soft_wrap=True)
+
+
+def _print_stages(plan: Plan, console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("stage", "action", "key"):
+        table.add_column(name)
+    for title, action, key in plan.stages:
+        table.add_row(escape(title), action, key)
+    console.print(table)
+
+
+def _print_loop(loop: Loop, config: Config, console: Console) -> None:
+    size, batches, memory = loop.size, loop.batches, loop.memory
+    console.print(f"\n[bold]{loop.name}[/]: {size.num_parameters:,} parameters")
+    for group, number in size.parameters.items():
+        console.print(f"  {group:<22}{number:>14,}")
+    for group, number in size.constants.items():
+        console.print(f"  {group:<22}{number:>14,}  constant")
+    console.print(
+        f"  batch: {batches.samples:,} samples / {batches.batch_size} = {batches.steps_per_epoch:,} steps an epoch, "
+        f"{batches.per_worker} samples a worker (runtime.num_workers {config.runtime.num_workers}), at most "
+        f"{batches.epochs} epochs = {batches.total_steps:,} steps",
+        soft_wrap=True,
+    )
+    flops = size.training_flops
+    console.print(
+        f"  FLOPs: {scaled(flops, 'FLOP')} a sample, {scaled(flops * batches.samples, 'FLOP')} an epoch "
+        f"(training = 3 x forward, histories padded)",
+        soft_wrap=True,
+    )
+    parts = ", ".join(f"{kind} {mebibytes(value)}" for kind, value in memory.items() if value)
+    console.print(f"  memory a worker: {mebibytes(sum(memory.values()))} ({parts})", soft_wrap=True)
+
+
+def scaled(value: float, unit: str) -> str:
+    """'1.2 GFLOP'."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.3g} E{unit}"
+
+
+def mebibytes(value: float) -> str:
+    """'12 MiB' or '1.3 GiB'."""
+    return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:,.1f} GiB"

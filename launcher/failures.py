@@ -1,0 +1,114 @@
+"""From any exception to an exit code and a message a user can act on."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from genrec_dist.errors import (
+    EXIT_BUG,
+    EXIT_CLUSTER,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_TRAINING,
+    GenrecError,
+)
+
+
+@dataclass
+class Failure:
+    """What the user sees of an error.
+
+    Args:
+        exit_code: of the process.
+        kind: class name of the error, 'interrupted' or 'preempted'.
+        text: message, first line a sentence, further lines details.
+        log: file with the traceback, if one was written.
+    """
+
+    exit_code: int
+    kind: str
+    text: str
+    log: Path | None = None
+
+
+class Stopped(Exception):
+    """A command that has already recorded its failure and only needs to be reported."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.text)
+        self.failure = failure
+
+
+def find_typed(error: BaseException) -> GenrecError | None:
+    """The GenrecError that an error is, or that Ray or Ray Train wrapped."""
+    for one in _chain(error):
+        # A RayTaskError is an instance of its cause's class as well, but its text is a remote traceback.
+        cause = getattr(one, "cause", None)
+        if isinstance(cause, GenrecError):
+            return cause
+        if isinstance(one, GenrecError):
+            return one
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and everything inside it, nearest first."""
+    todo, seen = deque([error]), set()
+    while todo:
+        one = todo.popleft()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        failures = getattr(one, "worker_failures", None)  # ray.train WorkerGroupError
+        inner = [
+            getattr(one, "cause", None),  # ray.exceptions.RayTaskError
+            getattr(one, "_base_exc", None),  # ray.train's wrapper of user exceptions
+            getattr(one, "controller_failure", None),
+            *(failures.values() if isinstance(failures, dict) else ()),
+            one.__cause__,
+            None if one.__suppress_context__ else one.__context__,
+        ]
+        todo.extend(e for e in inner if isinstance(e, BaseException))
+
+
+def explain(error: BaseException, received: signal.Signals | None = None) -> Failure:
+    """Classify an error.
+
+    Args:
+        error: what ended the work.
+        received: signal that arrived meanwhile; it explains whatever the libraries made of it.
+    """
+    if received == signal.SIGTERM:
+        return Failure(EXIT_PREEMPTED, "preempted", "preempted by SIGTERM; the same command continues where it stopped")
+    if received == signal.SIGINT or isinstance(error, KeyboardInterrupt):
+        return Failure(EXIT_INTERRUPTED, "interrupted", "interrupted; the same command continues where it stopped")
+    typed = find_typed(error)
+    if typed is not None:
+        return Failure(typed.exit_code, type(typed).__name__, str(typed))
+    kind = type(error).__name__
+    text = f"{kind}: {error}".strip()
+    for one in _chain(error):
+        module, name = type(one).__module__, type(one).__name__
+        if module.startswith("ray.train") and "Failed" in " ".join(c.__name__ for c in type(one).__mro__):
+            return Failure(EXIT_TRAINING, kind, f"training failed after its retries\n  got: {_short(text)}")
+        if _is_resource(one, module, name):
+            return Failure(EXIT_CLUSTER, name, f"the cluster or a resource gave way\n  got: {_short(text)}")
+    return Failure(EXIT_BUG, kind, f"unexpected error, most likely a bug\n  got: {_short(text)}")
+
+
+def _is_resource(error: BaseException, module: str, name: str) -> bool:
+    lost_by_ray = module == "ray.exceptions" and not name.startswith("RayTaskError")
+    out_of_memory = isinstance(error, MemoryError) or (module.startswith("torch") and name == "OutOfMemoryError")
+    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return lost_by_ray or out_of_memory or disk_full
+
+
+def _short(text: str, limit: int = 600) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else text[: limit // 2] + " ... " + text[-limit // 2 :]

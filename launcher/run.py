@@ -1,0 +1,190 @@
+"""Executing stages for the command line: run folder, clean screen, events, exit codes.
+
+Reads the configuration, writes `runs/<name>/` and the artifact store. It knows nothing of what a stage does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from genrec_dist.artifacts.store import ArtifactStore
+from genrec_dist.cluster import leave_ray
+from genrec_dist.config import Config
+from genrec_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError, ConfigError
+from genrec_dist.pipeline import Stage, closure, execute
+from genrec_dist.runs import RunFolder
+from launcher.failures import Stopped, explain
+from launcher.screen import StageScreen
+from launcher.signals import SignalWatch
+from launcher.streams import captured
+
+EVENT_OF_EXIT = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
+
+
+def check_batches(config: Config) -> None:
+    """Refuse global batches that the workers cannot share evenly.
+
+    Raises:
+        ConfigError: some `optim.batch_size` in use is not divisible by `runtime.num_workers`.
+    """
+    workers = config.runtime.num_workers
+    for section in trained_sections(config):
+        size = getattr(config, section).optim.batch_size
+        if size % workers:
+            raise ConfigError(
+                "batch cannot be shared evenly by the workers",
+                where=f"{section}.optim.batch_size",
+                got=f"{size} samples for runtime.num_workers = {workers}",
+                expected=f"a multiple of {workers}",
+                fix=f"use {size - size % workers or workers} or {size + workers - size % workers}",
+            )
+
+
+def trained_sections(config: Config) -> list[str]:
+    """Configuration sections with a gradient loop that the method or a reference uses."""
+    sections = ["fusion", "generator"] if config.method == "prorec" else []
+    if config.method == "sasrec" or any(name.startswith("sasrec") for name in config.references):
+        sections.append("sasrec")
+    return sections
+
+
+def perform(
+    config: Config,
+    stages: list[Stage],
+    *,
+    store: Path,
+    runs: Path,
+    command: list[str],
+    resume: str = "auto",
+    finish: Callable[[RunFolder], None] | None = None,
+    to_stderr: bool = False,
+) -> RunFolder:
+    """Build or reuse the stages in the run folder `runs/<config.name>`.
+
+    Args:
+        config: resolved configuration; its name is the folder's.
+        stages: what to execute.
+        store: artifact store.
+        runs: folder of all runs.
+        command: for the provenance.
+        resume: 'auto', 'require' or 'never', see `prepare_resume`.
+        finish: called with the run folder after the last stage, screen still kept clean.
+        to_stderr: progress goes to stderr, so that stdout stays free for a result.
+
+    Returns:
+        The finished run folder.
+
+    Raises:
+        Stopped: anything went wrong or a signal arrived; events.jsonl and the log already say so.
+        ConfigError: another process is at work in this run folder.
+        CheckpointError: resume='require' and there is nothing to continue from.
+    """
+    if resume == "require":
+        require_progress(stages, store)
+    run = RunFolder(runs, config.name)
+    log = run.path / "logs" / "driver.log"
+    with _exclusive(run):
+        run.create(config, command)
+        run.event(
+            "process",
+            pid=os.getpid(),
+            created=psutil.Process().create_time(),
+            host=platform.node(),
+            store=os.path.relpath(store.resolve(), run.path),
+            stages=[{"stage": s.title, "key": s.key} for s in closure(stages)],
+        )
+        started = time.time()
+        with SignalWatch() as signals, captured(log, to_stderr=to_stderr) as stream:
+            screen = StageScreen(stream, len(closure(stages)), config.runtime.progress_seconds)
+            run.say = screen.note
+            try:
+                artifacts = ArtifactStore(store)
+                if resume == "never":
+                    discard_unfinished(stages, artifacts)
+                execute(stages, artifacts, run, config.runtime, on_stage=screen.on_stage)
+                if finish is not None:
+                    finish(run)
+                screen.close(failed=False)
+                run.event("run_finished", exit_code=0, seconds=round(time.time() - started, 2))
+            except BaseException as error:
+                failure = explain(error, signals.seen())
+                failure.log = log
+                kind = EVENT_OF_EXIT.get(failure.exit_code, "run_failed")
+                run.event(kind, exit_code=failure.exit_code, type=failure.kind, error=failure.text)
+                traceback.print_exc(file=sys.stderr)
+                screen.close(failed=True)
+                raise Stopped(failure) from error
+            finally:
+                _leave()
+    return run
+
+
+def _leave() -> None:
+    try:
+        leave_ray()
+    except Exception:  # the work is done or its failure recorded; a clumsy shutdown changes neither
+        traceback.print_exc(file=sys.stderr)
+
+
+@contextmanager
+def _exclusive(run: RunFolder) -> Iterator[None]:
+    """Hold the run folder; the lock goes with the process, however it ends."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with open(run.path / ".lock", "w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                "another process is at work in this run",
+                where=run.path,
+                fix=f"wait for it (`genrec status {run.path.name}`), or choose another --name",
+            ) from None
+        yield
+
+
+def require_progress(stages: list[Stage], store: Path) -> None:
+    """Check that there is something to continue from: what `--resume require` asks.
+
+    Raises:
+        CheckpointError: no stage after the catalog is finished, and none at all has an unfinished build.
+    """
+    for stage in closure(stages):
+        if has_unfinished(stage, store) or (stage.inputs and is_finished(stage, store)):
+            return
+    raise CheckpointError(
+        "nothing to continue from",
+        where=store.resolve(),
+        got="no finished stage after the catalog and no unfinished build of this configuration",
+        expected="work that an earlier call of the same configuration left",
+        fix="use --resume auto, or check --store and the settings (any other setting gives another content hash)",
+    )
+
+
+def is_finished(stage: Stage, store: Path) -> bool:
+    """True when the store holds the stage's artifact (its bytes are not checked)."""
+    return (store / stage.name / stage.key / "MANIFEST.json").is_file()
+
+
+def has_unfinished(stage: Stage, store: Path) -> bool:
+    """True when a killed build of the stage left something to continue from."""
+    folder = store / stage.name / f"{stage.key}.building"
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def discard_unfinished(stages: list[Stage], store: ArtifactStore) -> None:
+    """Throw away unfinished builds and their checkpoints; finished artifacts stay."""
+    for stage in closure(stages):
+        if has_unfinished(stage, store.root):
+            with store.building(stage.name, stage.key) as folder:  # waits for a process that builds it just now
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,224 @@
+"""The stage: rows at their own index, ledger, resuming by shard, failed rows, Ray equal to local."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from genrec_dist.artifacts.embeddings import EmbeddingWriter, failed_items, pending_shards, read_embeddings
+from genrec_dist.artifacts.files import read_json
+from genrec_dist.artifacts.store import ArtifactStore
+from genrec_dist.config import Config, RuntimeConfig, SemanticConfig, build_config
+from genrec_dist.errors import ConfigError, DataError, FailedRowsError
+from genrec_dist.pipeline import Stage, StageContext, execute
+from genrec_dist.runs import RunFolder
+from genrec_dist.semantic.engine import resolve_model
+from genrec_dist.semantic.stage import embed_catalog, semantic_stage
+from genrec_dist.semantic.worker import read_rows
+
+from .conftest import fake_vector, write_items
+
+LOCAL = RuntimeConfig(backend="local", embed_batch_size=4)
+TITLES = [f"{'w ' * (n % 5)}item{n}" for n in range(23)]
+
+
+def context(tmp_path, titles, runtime=LOCAL) -> StageContext:
+    items = write_items(tmp_path / "catalog", titles)
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    return StageContext(out=out, inputs={"catalog": items.parent}, runtime=runtime)
+
+
+def settings(**values) -> SemanticConfig:
+    return SemanticConfig(template="{title}", rows_per_shard=8, **values)
+
+
+def expected(titles) -> np.ndarray:
+    return np.array([fake_vector(title) for title in titles], dtype=np.float32)
+
+
+def test_rows_are_at_their_own_index_though_batches_go_by_length(tmp_path, fake_engine):
+    ctx = context(tmp_path, TITLES)
+    embed_catalog(ctx, settings())
+    assert np.array_equal(read_embeddings(ctx.out), expected(TITLES))
+    first_shard = [len(text.split()) for batch in fake_engine.batches[:2] for text in batch]
+    assert [min(n, fake_engine.max_tokens) for n in first_shard] == [4, 4, 3, 3, 2, 2, 1, 1]
+
+    ids = pq.read_table(ctx.out / "ids.parquet")
+    assert ids.column_names == ["item_index", "item_id"]
+    assert ids["item_index"].to_pylist() == list(range(23))
+    assert ids["item_id"][22].as_py() == "I0022"
+    report = read_json(ctx.out / "report.json")
+    assert (report["dim"], report["num_items"], report["num_truncated"]) == (3, 23, 4)  # 5 words for 4 tokens
+    assert report["num_tokens"] == sum(min(len(title.split()), 4) for title in TITLES)
+    assert report["timing"]["items"] == 23
+    progress = read_json(ctx.scratch / "progress.json")
+    assert (progress["done"], progress["total"], progress["unit"]) == (23, 23, "items")
+
+
+def test_item_without_text_is_kept_and_named(tmp_path, fake_engine):
+    ctx = context(tmp_path, ["a", None, "c", " "])
+    embed_catalog(ctx, settings())
+    assert np.array_equal(read_embeddings(ctx.out), expected(["a", "unknown item", "c", "unknown item"]))
+    assert failed_items(ctx.out).tolist() == []
+    rows = pq.read_table(ctx.out / "ledger.parquet").to_pylist()
+    assert [(row["line"], row["reason"], row["action"]) for row in rows] == [
+        (2, "empty_text", "kept"),
+        (4, "empty_text", "kept"),
+    ]
+
+
+def test_only_shards_without_a_record_are_built_again(tmp_path, fake_engine):
+    ctx = context(tmp_path, TITLES)
+    embed_catalog(ctx, settings())
+    before = read_json(ctx.out / "report.json")
+    EmbeddingWriter(ctx.out, 23, 3, 8).array[8:16] = -1.0
+    (ctx.out / "shards" / "000001.json").unlink()
+    fake_engine.batches.clear()
+
+    embed_catalog(ctx, settings())
+    assert sorted(text for batch in fake_engine.batches for text in batch) == sorted(TITLES[8:16])
+    assert np.array_equal(read_embeddings(ctx.out), expected(TITLES))
+    after = read_json(ctx.out / "report.json")
+    assert after["timing"]["items"] == 8
+    assert {k: v for k, v in after.items() if k != "timing"} == {k: v for k, v in before.items() if k != "timing"}
+
+    fake_engine.batches.clear()
+    embed_catalog(ctx, settings())
+    assert fake_engine.batches == []
+
+
+def test_interrupted_work_continues_after_the_last_whole_shard(tmp_path, fake_engine):
+    ctx = context(tmp_path, TITLES)
+
+    def interrupt(texts):
+        if "item9" in texts[0] or len(fake_engine.batches) == 3:  # inside the second shard
+            raise KeyboardInterrupt
+
+    fake_engine.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        embed_catalog(ctx, settings())
+    assert pending_shards(ctx.out, 23, 8) == [1, 2]
+    fake_engine.before = lambda texts: None
+    fake_engine.batches.clear()
+    embed_catalog(ctx, settings())
+    assert sum(map(len, fake_engine.batches)) == 15
+    assert np.array_equal(read_embeddings(ctx.out), expected(TITLES))
+
+
+def test_one_bad_text_costs_one_row(tmp_path, fake_engine):
+    titles = [*TITLES[:10], "poison", "bad", *TITLES[12:]]
+    ctx = context(tmp_path, titles)
+    embed_catalog(ctx, settings(max_failed_fraction=0.1))
+    assert failed_items(ctx.out).tolist() == [10, 11]
+    values = read_embeddings(ctx.out)
+    others = [n for n in range(23) if n not in (10, 11)]
+    assert np.array_equal(values[others], expected(titles)[others])
+    assert np.isnan(EmbeddingWriter(ctx.out, 23, 3, 8).array[10:12]).all()
+    rows = pq.read_table(ctx.out / "ledger.parquet").to_pylist()
+    assert [(row["line"], row["reason"], row["action"], row["detail"]) for row in rows] == [
+        (11, "embedding_error", "failed", "RuntimeError: cannot read poison"),
+        (12, "non_finite_embedding", "failed", ""),
+    ]
+    assert read_json(ctx.out / "report.json")["num_failed"] == 2
+
+
+def test_too_many_failed_rows_stop_and_only_their_shards_are_tried_again(tmp_path, fake_engine):
+    titles = [*TITLES[:10], "bad", *TITLES[11:]]
+    ctx = context(tmp_path, titles)
+    with pytest.raises(FailedRowsError, match=r"1 of 23; first: row 10, non_finite_embedding") as caught:
+        embed_catalog(ctx, settings())
+    assert caught.value.exit_code == 6
+    assert pending_shards(ctx.out, 23, 8) == [1]
+    assert pq.read_metadata(ctx.out / "ledger.parquet").num_rows == 1
+
+    fake_engine.batches.clear()
+    write_items(tmp_path / "catalog", TITLES)
+    embed_catalog(ctx, settings())
+    assert sum(map(len, fake_engine.batches)) == 8
+    assert np.array_equal(read_embeddings(ctx.out), expected(TITLES))
+    assert read_json(ctx.out / "ledger.json")["total"] == 0
+
+
+def test_our_own_errors_are_not_taken_for_a_bad_text(tmp_path, fake_engine):
+    fake_engine.dim = 4
+    with pytest.raises(DataError, match="wrong shape"):
+        embed_catalog(context(tmp_path, ["a"]), settings(max_failed_fraction=1.0))
+
+
+def test_an_empty_catalog_is_refused(tmp_path, fake_engine):
+    with pytest.raises(DataError, match="no items"):
+        embed_catalog(context(tmp_path, []), settings())
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 23), (0, 1), (6, 8), (7, 14), (20, 23)])
+def test_read_rows_over_row_groups(tmp_path, start, end):
+    path = write_items(tmp_path, TITLES, row_group_size=7)
+    assert read_rows(path, start, end, ["title"])["title"].to_pylist() == TITLES[start:end]
+
+
+def test_read_rows_past_the_end_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="fewer rows"):
+        read_rows(write_items(tmp_path, TITLES), 20, 24, ["title"])
+
+
+def catalog_stage(titles) -> Stage:
+    return Stage("catalog", 1, {"titles": titles}, {}, lambda ctx: write_items(ctx.out, titles))
+
+
+def run_stage(root, config: Config, titles) -> tuple[Stage, dict]:
+    stage = semantic_stage(config, catalog_stage(titles))
+    run = RunFolder(root / "runs", "test")
+    run.create(config, ["test"])
+    return stage, execute([stage], ArtifactStore(root / "store"), run, config.runtime)
+
+
+def test_key_holds_what_decides_the_vectors_and_nothing_else(tmp_path):
+    catalog = catalog_stage(TITLES)
+
+    def key(*overrides: str) -> str:
+        return semantic_stage(build_config({}, list(overrides)), catalog).key
+
+    assert key() == key("runtime.num_embed_workers=7", "runtime.embed_batch_size=3", "runtime.backend=local", "seed=5")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_bytes(b"1")
+    different = {key(), key("semantic.template={title}"), key("semantic.max_tokens=64"), key(f"semantic.model={model}")}
+    (model / "weights").write_bytes(b"2")
+    different.add(key(f"semantic.model={model}"))
+    assert len(different) == 5
+    with pytest.raises(ConfigError, match="nearest"):
+        key("semantic.template={titel}")
+
+
+def test_ray_equals_local_to_the_bit(tmp_path, ray_session):
+    overrides = ["semantic.rows_per_shard=8", "runtime.embed_batch_size=4", "runtime.num_threads=1"]
+    folders = {}
+    for name, extra in {
+        "local": ["runtime.backend=local"],
+        "one": ["runtime.backend=ray"],
+        "two": ["runtime.backend=ray", "runtime.num_embed_workers=2"],
+    }.items():
+        _, done = run_stage(tmp_path / name, build_config({}, overrides + extra), [*TITLES, None])
+        folders[name] = done["semantic"]
+    local = read_embeddings(folders["local"])
+    assert local.shape == (24, 384)
+    np.testing.assert_allclose(np.linalg.norm(local, axis=1), 1.0, atol=1e-5)
+    for name in ("one", "two"):
+        assert np.array_equal(read_embeddings(folders[name]), local)
+        files = {name: file["sha256"] for name, file in read_json(folders[name] / "MANIFEST.json")["files"].items()}
+        ours = {name: file["sha256"] for name, file in read_json(folders["local"] / "MANIFEST.json")["files"].items()}
+        assert files.pop("report.json") and ours.pop("report.json")  # timings
+        assert files == ours
+
+
+def test_error_of_a_ray_worker_keeps_its_type(tmp_path, ray_session):
+    model = tmp_path / "model"
+    shutil.copytree(resolve_model("minilm"), model)
+    (model / "model.safetensors").write_bytes(b"truncated")
+    config = build_config({}, [f"semantic.model={model}", "runtime.num_threads=1"])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        run_stage(tmp_path, config, TITLES)

@@ -1,0 +1,163 @@
+"""Sizes by formula against the real modules: parameters exactly, FLOPs against PyTorch's counter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from genrec_dist.baselines.sasrec import SasrecModel
+from genrec_dist.collaborative.fusion import FusionModel
+from genrec_dist.config import FusionConfig, GeneratorConfig, IdentifierConfig, OptimConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.generator.model import Generator
+from genrec_dist.identifiers.trie import Trie, build_trie
+from genrec_dist.studies.sizes import (
+    CodebookSize,
+    Counts,
+    ModelSize,
+    batch_arithmetic,
+    expected_codebook,
+    fusion_size,
+    generator_size,
+    sasrec_size,
+    training_memory,
+)
+
+NUM_ITEMS, HISTORY, BATCH = 24, 6, 8
+
+
+@pytest.fixture(scope="module")
+def trie() -> Trie:
+    """24 items: 4 children of the root with 6 leaves each."""
+    codes = np.array([[i // 6, i % 6] for i in range(NUM_ITEMS)], np.int32)
+    return build_trie(codes, np.full(NUM_ITEMS, 2, np.int32))
+
+
+def size_of(trie: Trie) -> CodebookSize:
+    widths = tuple(trie.max_children(level) for level in range(trie.max_depth))
+    return CodebookSize(trie.num_nodes, trie.max_depth, int(trie.code.max()) + 1, widths)
+
+
+def trainable(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def held(module: torch.nn.Module, *names: str) -> int:
+    return sum(dict(module.named_buffers())[name].numel() for name in names)
+
+
+def measured_flops(module: torch.nn.Module, batch: dict) -> float:
+    """Forward FLOPs of one sample, measured; the counter does not know the CPU's fused attention kernel."""
+    module.eval()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(batch)
+    return counter.get_total_flops() / BATCH
+
+
+def prefix_batch(**more: object) -> dict:
+    history = torch.arange(BATCH * HISTORY).view(BATCH, HISTORY) % NUM_ITEMS
+    mask = torch.ones(BATCH, HISTORY, dtype=torch.bool)
+    return {"history": history, "mask": mask, "target": torch.arange(BATCH), "count": float(BATCH)} | more
+
+
+def row_batch() -> dict:
+    batch = prefix_batch()
+    return batch | {"targets": batch["history"].roll(-1, 1), "count": float(BATCH * HISTORY)}
+
+
+def aligned() -> dict:
+    items = torch.arange(BATCH)
+    return {"align_items": items, "align_anchors": items, "align_count": float(BATCH)}
+
+
+@pytest.mark.parametrize("head", ["child", "per_level"])
+@pytest.mark.parametrize("encoder_input", ["item", "codes"])
+@pytest.mark.parametrize(
+    "change", [{}, {"distill_weight": 0.0}, {"train_item_embeddings": False}, {"ffn_multiplier": 2}]
+)
+def test_generator_size_is_that_of_the_model(trie: Trie, head: str, encoder_input: str, change: dict) -> None:
+    config = GeneratorConfig(
+        dim=16, num_heads=2, max_history=HISTORY, num_decoder_layers=3, head=head, encoder_input=encoder_input, **change
+    )
+    model = Generator(config, trie, torch.randn(NUM_ITEMS, 20))
+    size = generator_size(config, size_of(trie), NUM_ITEMS, width=20)
+    assert size.num_parameters == trainable(model)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert sum(size.constants.values()) == held(model, "integrated") + frozen
+    assert size.forward_flops == pytest.approx(measured_flops(model, prefix_batch()), rel=0.02)
+
+
+def test_generator_groups_are_those_of_its_modules(trie: Trie) -> None:
+    config = GeneratorConfig(dim=16, num_heads=2, max_history=HISTORY)
+    model = Generator(config, trie, torch.randn(NUM_ITEMS, 20))
+    groups = generator_size(config, size_of(trie), NUM_ITEMS, width=20).parameters
+    assert groups["decoder"] == trainable(model.decoder) + trainable(model.decoder_norm)
+    assert groups["encoder"] == trainable(model.encoder) + trainable(model.encoder_norm)
+    assert groups["node embeddings"] == trainable(model.head.nodes)
+
+
+@pytest.mark.parametrize("attention", ["dot", "mlp"])
+def test_din_fusion_size_is_that_of_the_model(attention: str) -> None:
+    loss = "sampled_softmax" if attention == "mlp" else "full_softmax"
+    optim = OptimConfig(batch_size=BATCH)
+    config = FusionConfig(dim=16, max_history=HISTORY, attention=attention, loss=loss, num_negatives=12, optim=optim)
+    model = FusionModel(config, torch.randn(NUM_ITEMS, 20))
+    size = fusion_size(config, NUM_ITEMS, semantic_dim=20)
+    assert size.num_parameters == trainable(model)
+    assert sum(size.constants.values()) == held(model, "semantic")
+    batch = prefix_batch(negatives=torch.arange(12), **aligned())
+    assert size.forward_flops == pytest.approx(measured_flops(model, batch), rel=0.02)
+
+
+def test_self_attentive_fusion_size_is_that_of_the_model() -> None:
+    config = FusionConfig(backbone="sasrec", dim=16, max_history=HISTORY, optim=OptimConfig(batch_size=BATCH))
+    model = FusionModel(config, torch.randn(NUM_ITEMS, 20))
+    size = fusion_size(config, NUM_ITEMS, semantic_dim=20, mean_targets=HISTORY)
+    assert size.num_parameters == trainable(model)
+    assert size.forward_flops == pytest.approx(measured_flops(model, row_batch() | aligned()), rel=0.02)
+
+
+def test_sasrec_size_is_that_of_the_model() -> None:
+    config = SasrecConfig(dim=16, num_layers=3, max_history=HISTORY)
+    model = SasrecModel(config, NUM_ITEMS)
+    size = sasrec_size(config, NUM_ITEMS, mean_targets=HISTORY)
+    assert size.num_parameters == trainable(model)
+    assert size.forward_flops == pytest.approx(measured_flops(model, row_batch()), rel=0.02)
+
+
+def test_counts_follow_the_leave_one_out_split() -> None:
+    # Train parts 3, 1 and 2 long (the last user has no held-out target): 2 + 0 + 1 pairs.
+    counts = Counts(3, 10, 10, lengths=np.array([5, 3, 2]))
+    assert counts.num_prefixes == 3
+    assert counts.num_windows(2) == 2
+    assert counts.num_windows(1) == 3
+    # Ten users of 9 on average: 6 pairs each, in windows of 4.
+    estimate = Counts(10, 50, 90)
+    assert (estimate.num_prefixes, estimate.num_windows(4)) == (60, 20)
+
+
+def test_batch_arithmetic() -> None:
+    found = batch_arithmetic(1001, OptimConfig(batch_size=100, epochs=3), num_workers=4)
+    assert (found.per_worker, found.steps_per_epoch, found.total_steps) == (25, 11, 33)
+
+
+def test_expected_codebook() -> None:
+    book = expected_codebook(IdentifierConfig(num_clusters=4, balanced=True), 30)
+    assert (book.max_depth, book.num_nodes, book.widths) == (3, 1 + 4 + 16 + 30, (4, 4, 2))
+    assert expected_codebook(IdentifierConfig(num_clusters=256), 200).max_depth == 1
+
+
+@pytest.mark.parametrize(("stage", "gradients", "optimiser"), [(0, 400, 800), (1, 400, 200), (2, 100, 200)])
+def test_zero_shards_what_its_stage_says(stage: int, gradients: int, optimiser: int) -> None:
+    size = ModelSize({"all": 100}, {"table": 10}, activation_values=7)
+    memory = training_memory(size, 3, RuntimeConfig(num_workers=4, zero_stage=stage), zero=True)
+    assert memory == {
+        "parameters": 400,
+        "gradients": gradients,
+        "optimiser": optimiser,
+        "constants": 40,
+        "activations": 84,
+    }
+    assert training_memory(size, 3, RuntimeConfig(num_workers=4, zero_stage=stage), zero=False)["optimiser"] == 800

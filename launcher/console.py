@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -76,8 +77,8 @@ def metrics_table(rows: dict[str, dict[str, float]], title: str = "") -> Table:
         rows: method -> {'recall@5': ..., 'ndcg@5': ...}.
     """
     names = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in CUTOFFS]
-    table = Table(title=title or None, title_justify="left", header_style="bold")
-    table.add_column("method")
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
     for name in names:
         table.add_column(name.replace("recall", "Recall").replace("ndcg", "NDCG"), justify="right")
     for method, values in rows.items():

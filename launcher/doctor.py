@@ -172,6 +172,10 @@ def ray_authentication() -> Check:
     return Check("Ray authentication", "ok" if mode == "token" else "warning", mode, "token", fix)
 
 
+def _process_id() -> int:
+    return os.getpid()
+
+
 def _ray_start() -> Check:
     with tempfile.TemporaryDirectory(prefix="genrec-") as folder, captured(Path(folder) / "ray.log"):
         from genrec_dist.cluster import ensure_ray, leave_ray
@@ -180,7 +184,7 @@ def _ray_start() -> Check:
 
         try:
             ray = ensure_ray(RuntimeConfig())
-            answer = ray.get(ray.remote(os.getpid).remote(), timeout=60)
+            answer = ray.get(ray.remote(_process_id).remote(), timeout=60)
             return Check("Ray start", "ok", f"a task ran in process {answer}")
         except GenrecError as error:
             return Check("Ray start", "missing", str(error.got), fix=error.fix or "")
@@ -193,7 +197,7 @@ def _ray_start() -> Check:
 def show_checks(checks: list[Check], console: Console) -> None:
     """Print the examination and a verdict."""
     for check in checks:
-        text = f"{check.name:<22} {check.found}" + (f"  (needs {check.needed})" if check.needed else "")
+        text = f"{check.name:<22} {check.found}" + (f"  ({check.needed})" if check.needed else "")
         console.print(f"[{COLORS[check.state]}]{check.state:<8}[/] {escape(text)}", soft_wrap=True)
         if check.fix:
             console.print(f"{'':9}fix: {escape(check.fix)}", soft_wrap=True)

@@ -147,6 +147,7 @@ def catalog_counts(config: Config, artifact: Path | None) -> Counts | None:
         )
     if catalog.source != "parquet":
         return None
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     from genrec_dist.catalog.locate import locate_inputs
@@ -154,10 +155,10 @@ def catalog_counts(config: Config, artifact: Path | None) -> Counts | None:
     files = locate_inputs(catalog)
     rows = sum(pq.read_metadata(f.path).num_rows for f in files.interactions)
     items = sum(pq.read_metadata(f.path).num_rows for f in files.items)
-    users = rows // max(catalog.min_user_interactions, 1)
-    return Counts(
-        users, items, rows, note="from the Parquet files' metadata, before the filters (upper bounds; users: rows / k)"
-    )
+    # The content hash has read every byte already, so one column more is cheap. Files may share users: upper bound.
+    columns = (pq.read_table(f.path, columns=["user_id"])["user_id"] for f in files.interactions)
+    users = sum(pc.count_distinct(column).as_py() for column in columns)
+    return Counts(users, items, rows, note="from the Parquet files, before the filters (upper bounds)")
 
 
 def semantic_dim(config: Config, artifact: Path | None) -> int | None:
@@ -190,7 +191,8 @@ def show_plan(config: Config, stages: list[Stage], store: Path, console: Console
         counts, mark = plan.counts, "" if plan.counts.note == "exact" else "~"
         console.print(
             f"\n[bold]Counts[/]  {mark}{counts.num_users:,} users, {mark}{counts.num_items:,} items, "
-            f"{mark}{counts.num_interactions:,} interactions, {mark}{counts.num_prefixes:,} training prefixes"
+            f"{mark}{counts.num_interactions:,} interactions, {mark}{counts.num_prefixes:,} training prefixes",
+            soft_wrap=True,
         )
     if plan.codebook is not None:
         book = plan.codebook
@@ -231,8 +233,8 @@ def _print_loop(loop: Loop, config: Config, console: Console) -> None:
         f"(training = 3 x forward, histories padded)",
         soft_wrap=True,
     )
-    parts = ", ".join(f"{kind} {mebibytes(value)}" for kind, value in memory.items() if value)
-    console.print(f"  memory a worker: {mebibytes(sum(memory.values()))} ({parts})", soft_wrap=True)
+    parts = ", ".join(f"{kind} {bytes_text(value)}" for kind, value in memory.items() if value)
+    console.print(f"  memory a worker: {bytes_text(sum(memory.values()))} ({parts})", soft_wrap=True)
 
 
 def scaled(value: float, unit: str) -> str:
@@ -244,6 +246,10 @@ def scaled(value: float, unit: str) -> str:
     return f"{value:.3g} E{unit}"
 
 
-def mebibytes(value: float) -> str:
-    """'12 MiB' or '1.3 GiB'."""
-    return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:,.1f} GiB"
+def bytes_text(value: float) -> str:
+    """'340 KiB', '12.1 MiB' or '1.3 GiB'."""
+    for unit in ("KiB", "MiB"):
+        value /= 1024
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+    return f"{value / 1024:,.1f} GiB"

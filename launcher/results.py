@@ -60,8 +60,12 @@ def find_metrics(value: Any) -> dict[str, float]:
 
 
 def show_result(run: RunFolder, console: Console) -> None:
-    """Short result table, and where the rest is."""
-    console.print(metrics_table(result_rows(read_json(run.path / "metrics.json")), title="Test users, full ranking"))
+    """Short result table, and where the rest is. A synthetic catalog knows its best possible recommender."""
+    rows = result_rows(read_json(run.path / "metrics.json"))
+    oracle = run.artifact("catalog") / "oracle.json"
+    if oracle.exists():
+        rows["oracle"] = find_metrics(read_json(oracle))
+    console.print(metrics_table(rows, title="Test users, full ranking"))
     console.print(f"report: {escape(str(run.path / 'report.html'))}", soft_wrap=True)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from genrec_dist.artifacts.files import read_json, read_jsonl
 from genrec_dist.runs import RunFolder
@@ -122,16 +121,16 @@ def show(status: dict, console: Console) -> None:
     """Print a status for people."""
     took = f", {duration(status['seconds'])}" if status["seconds"] is not None else ""
     color = COLORS[status["state"]]
-    console.print(f"[bold]{escape(status['name'])}[/]: [{color}]{status['state']}[/]{took}  [dim]{status['path']}[/]")
-    table = Table(box=None, pad_edge=False, show_header=False)
+    console.print(
+        f"[bold]{escape(status['name'])}[/]: [{color}]{status['state']}[/]{took}  [dim]{escape(status['path'])}[/]",
+        soft_wrap=True,
+    )
     for record in status["stages"]:
         progress = record.get("progress")
         text = ", ".join(t for t in (amount(progress), details(progress)) if t) if progress else ""
         if "seconds" in record:
             text = duration(record["seconds"])
-        table.add_row("  " + escape(record["stage"]), record["state"], escape(text))
-    if status["stages"]:
-        console.print(table)
+        console.print(escape(f"  {record['stage']:<26}{record['state']:<10}{text}".rstrip()), soft_wrap=True)
     if status["latest"] and status["state"] != "finished":
         console.print("latest: " + escape(details(status["latest"])), soft_wrap=True)
     if status["error"]:

@@ -141,7 +141,8 @@ class EmbeddingWriter:
 
 def write_embeddings(folder: Path, values: np.ndarray, rows_per_shard: int = 4096) -> None:
     """Write a whole in-memory table, (num_items, dim) float32, every row finite."""
-    writer = EmbeddingWriter(folder, *values.shape, rows_per_shard=rows_per_shard)
+    num_items, dim = values.shape
+    writer = EmbeddingWriter(folder, num_items, dim, rows_per_shard)
     for shard in range(writer.num_shards):
         start, end = writer.rows(shard)
         writer.write(shard, values[start:end])
@@ -165,13 +166,14 @@ def read_embeddings(folder: Path) -> np.ndarray:
         ArtifactError: shards are missing, or rows are non-finite that are not recorded as failed.
     """
     array = zarr.open_array(store=str(folder / ARRAY), mode="r")
-    missing = pending_shards(folder, array.shape[0], array.shards[0])
+    rows_per_shard = (array.shards or array.chunks)[0]
+    missing = pending_shards(folder, array.shape[0], rows_per_shard)
     if missing:
         raise ArtifactError(
             "embedding array is unfinished",
             where=folder,
             got=f"{len(missing)} shards without a completion record, first {missing[0]}",
-            expected=f"records of all {num_shards(array.shape[0], array.shards[0])} shards",
+            expected=f"records of all {num_shards(array.shape[0], rows_per_shard)} shards",
             fix="run the stage that builds it",
         )
     values = np.asarray(array[:], dtype=np.float32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from genrec_dist.artifacts.files import write_json
@@ -60,7 +59,6 @@ class SasrecModel(nn.Module):
         """Cross-entropy over the catalog at every position of the windows."""
         config = self.config
         states = self.backbone.states(self.item.weight, batch["history"])[batch["mask"]]
-        states = F.dropout(states, config.dropout, self.training)
         logits = similarity(states, self.item.weight, config.similarity)
         logits = logits * scale_of(config.similarity, config.temperature)
         return {"loss": full_softmax(logits, batch["targets"][batch["mask"]]) / batch["count"]}

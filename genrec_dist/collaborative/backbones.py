@@ -50,7 +50,7 @@ class Din(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.pool = nn.Linear(dim, 1)
         self.user = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim))
-        self.mix = nn.Parameter(torch.tensor(0.0))
+        self.mix = nn.Parameter(torch.zeros(1))  # one element, not a scalar: DeepSpeed cannot broadcast 0-d
         if attention == "mlp":
             self.unit = nn.Sequential(nn.Linear(4 * dim, 36), nn.PReLU(), nn.Linear(36, 1))
         self.apply(init_weights)

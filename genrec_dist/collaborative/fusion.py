@@ -130,7 +130,6 @@ class FusionModel(nn.Module):
         scale = scale_of(self.config.similarity, self.config.temperature)
         if isinstance(self.backbone, SasRec):
             states = self.backbone.states(table, batch["history"])[batch["mask"]]
-            states = F.dropout(states, self.config.dropout, self.training)
             return full_softmax(
                 similarity(states, table, self.config.similarity) * scale, batch["targets"][batch["mask"]]
             )

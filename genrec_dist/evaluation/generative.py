@@ -33,10 +33,10 @@ def list_ranks(
     *,
     width: int,
     mix_weight: float = 0.0,
-    batch_size: int = 128,
     limit: int = 0,
 ) -> np.ndarray:
     """Rank of each target in its beam list, on every worker; (samples,) int64, 0 = not in it."""
+    batch_size = 512 if worker.device.type == "cuda" else 128
     count = min(limit or len(samples), len(samples))
     ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
     for start, end in batched(count, batch_size, worker):

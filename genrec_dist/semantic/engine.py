@@ -114,12 +114,17 @@ def resolve_model(model: str) -> str:
 def model_fingerprint(model: str) -> str | None:
     """Hash that changes when a local model's files change; None for a hub id.
 
+    The packaged MiniLM has fixed weights, so its name is enough: a stored artifact is found even where the
+    package is not installed.
+
     Covers names, sizes and both ends of every file: other weights of the same shape are told apart without
     reading gigabytes.
 
     Raises:
         ConfigError: see `resolve_model`.
     """
+    if model == "minilm":
+        return "all-MiniLM-L6-v2"
     folder = Path(resolve_model(model))
     if not folder.is_dir():
         return None

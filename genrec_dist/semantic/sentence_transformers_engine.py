@@ -37,7 +37,10 @@ class SentenceTransformersEngine:
         self.normalize = normalize
         self.max_tokens = min(max_tokens, self.model.tokenizer.model_max_length)
         self.model.max_seq_length = self.max_tokens
-        self.dim = int(self.model.get_embedding_dimension())
+        dim = self.model.get_embedding_dimension()
+        if dim is None:
+            raise ValueError("the model does not say how wide its embeddings are")
+        self.dim = dim
 
     def count_tokens(self, texts: list[str]) -> np.ndarray:
         """Tokens of each text before truncation, (n,) int64."""

@@ -119,7 +119,7 @@ def _embed_with_ray(job: EmbedJob, pending: list[int], workers: int, runtime: Ru
         compute=ActorPoolStrategy(size=workers),
         # The shard numbers are handed over without tasks, so workers may reserve every core. More threads than
         # cores, if the user says so, must not leave a worker waiting for ever.
-        num_cpus=min(job.num_threads, _largest_node(ray)),
+        num_cpus=min(job.num_threads, _cores_per_worker(ray, workers)),
         num_gpus=_gpus_per_worker(ray, runtime.device, workers),
     )
     try:
@@ -129,19 +129,33 @@ def _embed_with_ray(job: EmbedJob, pending: list[int], workers: int, runtime: Ru
 
 
 def _threads_per_worker(runtime: RuntimeConfig, workers: int) -> int:
+    here = os.cpu_count() or 1
     if runtime.backend == "local":
-        return os.cpu_count() or 1
-    ray = ensure_ray(runtime)
-    share = int(ray.cluster_resources().get("CPU", 1)) // workers
-    return max(1, min(share, os.cpu_count() or 1 if runtime.ray_address is None else _largest_node(ray)))
+        return here
+    share = _cores_per_worker(ensure_ray(runtime), workers)
+    return min(share, here) if runtime.ray_address is None else share
 
 
-def _largest_node(ray: Any) -> int:
-    return int(max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]))
+def _cores_per_worker(ray: Any, workers: int) -> int:
+    """Most cores that every worker can reserve at once; no worker spans two nodes."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    share = max(nodes)
+    while share and sum(cores // share for cores in nodes) < workers:
+        share -= 1
+    if not share:
+        raise ClusterError(
+            "more embedding workers than cores in the Ray cluster",
+            where="runtime.num_embed_workers",
+            got=workers,
+            expected=f"at most {sum(nodes)}",
+            fix="lower it",
+        )
+    return share
 
 
 def _gpus_per_worker(ray: Any, device: str, workers: int) -> float:
-    available = ray.cluster_resources().get("GPU", 0.0)
+    """A GPU for each worker, or an equal part of one where there are fewer."""
+    available = int(ray.cluster_resources().get("GPU", 0))
     if device == "cuda" and not available:
         raise ClusterError(
             "no GPU in the Ray cluster",
@@ -150,17 +164,15 @@ def _gpus_per_worker(ray: Any, device: str, workers: int) -> float:
             expected="at least one GPU",
             fix="set it to cpu or auto",
         )
-    return 0.0 if device == "cpu" else min(1.0, available / workers)
+    return 0.0 if device == "cpu" or not available else 1 / -(-workers // available)
 
 
 def _cause(error: BaseException) -> GenrecError:
     """The typed error that a worker raised, or a ClusterError that carries what Ray says."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, GenrecError):
-            return seen
-        inner = getattr(seen, "cause", None)
-        seen = inner if isinstance(inner, BaseException) else seen.__cause__
+    inner = getattr(error, "cause", None)  # of a RayTaskError, which prints the whole remote traceback
+    for candidate in (inner, error):
+        if isinstance(candidate, GenrecError):
+            return candidate
     return ClusterError(
         "embedding workers failed",
         where="semantic",

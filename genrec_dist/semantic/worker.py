@@ -97,7 +97,8 @@ class ShardEmbedder:
         lengths = self.engine.count_tokens(texts)
         order = np.argsort(-np.minimum(lengths, self.engine.max_tokens), kind="stable")
         vectors = np.full((len(texts), self.engine.dim), np.nan, dtype=np.float32)
-        tokens, failed = 0, []
+        tokens = 0
+        failed: list[dict] = []
         for first in range(0, len(order), self.job.batch_size):
             rows = order[first : first + self.job.batch_size].tolist()
             tokens += self._embed_rows(rows, texts, vectors, start, failed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ class Table:
 
     kind: ClassVar[str] = "table"
     head: list[str]
-    rows: list[list[Cell | str]]
+    rows: Sequence[Sequence[Cell | str]]
     caption: str = ""
     text_columns: set[int] = field(default_factory=lambda: {0})
     strong_rows: set[int] = field(default_factory=set)
@@ -61,6 +61,9 @@ class Details:
     table: Table | None = None
 
 
+Block = Table | Figure | Text | Details
+
+
 @dataclass
 class Tile:
     """One large number."""
@@ -76,7 +79,7 @@ class Section:
 
     id: str
     title: str
-    blocks: list[Table | Figure | Text | Details]
+    blocks: Sequence[Block]
 
 
 def number(value: Any, digits: int = 4) -> str:

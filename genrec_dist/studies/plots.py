@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import itertools
 import re
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,7 +27,7 @@ COLOURS = ("#3f7fd0", "#d9772b", "#2f9a72", "#b0559b", "#a08a1f", "#6f7bd1", "#c
 CLUSTERS = (
     "#4c8bd6", "#e08a3c", "#3fa678", "#c85c5b", "#9273c9", "#a47551", "#d678b4", "#8b929c", "#b3a62e", "#3ba9b8",
 )  # fmt: skip
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "genrec",
     "text.parse_math": False,
@@ -39,7 +41,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
-    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "text.color": TEXT,
     "axes.labelcolor": TEXT,
     "axes.titlecolor": TEXT,
@@ -125,7 +127,7 @@ def stage_curves(records: list[dict], name: str) -> Markup | None:
     valid = [r for r in records if r.get("split") == "valid"]
     axis = "epoch" if all("epoch" in r for r in records) else "step"
     parts = sorted({k for r in train for k in r if k.startswith("loss_")})
-    metrics = [m for m in ("recall@10", "ndcg@10") if any(m in r for r in valid)]
+    metrics = [m for m in ("recall@10", "ndcg@10") if any(r.get(m) is not None for r in valid)]
     panels = [p for p in (("loss", ["loss"]), ("parts of the loss", parts), ("validation", metrics)) if p[1]]
     if not any("loss" in r for r in records):
         panels = panels[1:]
@@ -153,7 +155,7 @@ def stage_curves(records: list[dict], name: str) -> Markup | None:
         return to_svg(figure, name)
 
 
-def _line(axes: Axes, records: list[dict], axis: str, key: str, **look: object) -> None:
+def _line(axes: Axes, records: list[dict], axis: str, key: str, **look: Any) -> None:
     points = [(r[axis], r[key]) for r in records if r.get(key) is not None and axis in r]
     if points:
         step = -(-len(points) // MAX_POINTS)
@@ -162,15 +164,17 @@ def _line(axes: Axes, records: list[dict], axis: str, key: str, **look: object) 
 
 
 def _mark_best(axes: Axes, valid: list[dict], axis: str, metric: str) -> None:
-    best = max((r for r in valid if metric in r), key=lambda r: r[metric])
+    scored = [r for r in valid if r.get(metric) is not None]
+    best = max(scored, key=lambda r: r[metric])
+    late = best[axis] > (scored[0][axis] + scored[-1][axis]) / 2
     axes.axvline(best[axis], color=TEXT, linestyle=":", linewidth=1.0)
     axes.annotate(
         f"best {best[metric]:.4f}",
         (best[axis], best[metric]),
-        (0, 6),
+        (-3 if late else 3, 6),
         textcoords="offset points",
         fontsize=8.5,
-        ha="right",
+        ha="right" if late else "left",
     )
 
 
@@ -226,7 +230,8 @@ def codebook(quality: dict) -> Markup:
         sizes.set_title("share of nodes by size", loc="left")
         sizes.set_xlabel("items below the node")
         sizes.grid(axis="x", visible=False)
-        sizes.legend()
+        if len(levels) > 1:
+            sizes.legend()
 
         x = [0] + [level["level"] for level in levels]
         variance.plot(x, [0] + [level["variance_explained"] for level in levels], marker="o", markersize=4)
@@ -243,7 +248,9 @@ def maps(panels: list[Map]) -> Markup:
         figure, all_axes = _figure(len(panels), WIDTH / max(len(panels), 2) + 0.2)
         for axes, panel in zip(all_axes, panels, strict=True):
             colours = np.array(CLUSTERS)[panel.clusters % len(CLUSTERS)]
-            axes.scatter(*panel.points.T, c=colours, s=4, linewidths=0, alpha=0.8, rasterized=True)
+            axes.scatter(
+                panel.points[:, 0], panel.points[:, 1], c=colours, s=4, linewidths=0, alpha=0.8, rasterized=True
+            )
             axes.set_title(panel.title, loc="left")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)

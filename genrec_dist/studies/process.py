@@ -11,6 +11,7 @@ import numpy as np
 from genrec_dist.artifacts.embeddings import ARRAY, read_embeddings
 from genrec_dist.studies import paper, plots
 from genrec_dist.studies.blocks import (
+    Block,
     Details,
     Figure,
     Section,
@@ -89,7 +90,7 @@ def identifiers_section(data: RunData) -> Section | None:
         ]
         for level in quality["levels"]
     ]
-    blocks = [Text(summary), Figure(plots.codebook(quality)), Table(head, rows)]
+    blocks: list[Block] = [Text(summary), Figure(plots.codebook(quality)), Table(head, rows)]
     examples = _example_codes(data)
     if examples:
         blocks.append(examples)
@@ -124,7 +125,7 @@ def embeddings_section(data: RunData) -> Section | None:
     return Section("embeddings", "Embeddings", blocks) if blocks else None
 
 
-def _similarity(data: RunData) -> list:
+def _similarity(data: RunData) -> list[Block]:
     found = data.json("fusion", "similarity.json")
     if not found:
         return []
@@ -147,15 +148,13 @@ def _similarity(data: RunData) -> list:
     return [Figure(plots.similarity_bars(rows)), table]
 
 
-def _maps(data: RunData) -> list:
+def _maps(data: RunData) -> list[Block]:
     num_items = data.config.report.tsne_items
     semantic, fusion = data.folder("semantic"), data.folder("fusion")
-    sources = {
-        "semantic": (semantic, "semantic"),
-        "collaborative": (fusion / "collaborative" if fusion else None, "fusion"),
-        "integrated": (fusion, "fusion"),
-    }
-    sources = {t: (f, stage) for t, (f, stage) in sources.items() if f is not None and (f / ARRAY).exists()}
+    sources = {"semantic": (semantic, "semantic")} if semantic else {}
+    if fusion:
+        sources |= {"collaborative": (fusion / "collaborative", "fusion"), "integrated": (fusion, "fusion")}
+    sources = {title: source for title, source in sources.items() if (source[0] / ARRAY).exists()}
     if num_items < 10 or not sources:
         return []
     tables = {title: read_embeddings(folder) for title, (folder, _) in sources.items()}
@@ -170,10 +169,11 @@ def _maps(data: RunData) -> list:
 
 def data_section(data: RunData) -> Section | None:
     """Statistics of the catalog, what was dropped, and the semantic stage's report."""
-    blocks: list = []
+    blocks: list[Block] = []
     stats = data.json("catalog", "stats.json")
     if stats:
-        blocks.append(_statistics(data, stats))
+        counts = {k: v for k, v in stats.items() if k != "input"}
+        blocks.append(_statistics(data, counts))
     ledger = data.json("catalog", "ledger.json")
     if ledger is not None:
         rows = [
@@ -185,7 +185,9 @@ def data_section(data: RunData) -> Section | None:
             caption = f"Ledger: input rows that were dropped or stand out, {plain(ledger.get('total'))} in all."
             blocks.append(Table(["reason", "action", "rows"], rows, caption, text_columns={0, 1}))
         else:
-            blocks.append(Text("Ledger: empty. No input row was dropped."))
+            blocks.append(Text("Ledger: empty, no input row was faulty."))
+    if stats and stats.get("input"):
+        blocks.append(Details("What happened to the input rows", table=pairs(stats["input"])))
     oracle = data.json("catalog", "oracle.json")
     if oracle:
         blocks.append(Details("Oracle of the synthetic catalog", table=pairs(oracle)))
@@ -196,13 +198,11 @@ def data_section(data: RunData) -> Section | None:
 
 
 def _statistics(data: RunData, stats: dict) -> Table:
-    printed = paper.DATA_STATISTICS.get(data.data_set or "", {})
+    named = [(name.removeprefix("num "), value) for name, value in flatten(stats)]
+    printed = paper.DATA_STATISTICS.get(data.data_set or "")
     if not printed:
-        return pairs(stats)
-    rows = [
-        [name, plain(value), plain(printed[name]) if name in printed else ""]
-        for name, value in ((n.removeprefix("num "), v) for n, v in flatten(stats))
-    ]
+        return Table(["", ""], [[name, plain(value)] for name, value in named])
+    rows = [[name, plain(value), plain(printed[name]) if name in printed else ""] for name, value in named]
     return Table(["", "this run", "paper, Table 2"], rows)
 
 
@@ -226,7 +226,7 @@ def stages_section(data: RunData) -> Section | None:
         rows.append([title, state, seconds(took), f"{link['stage']}/{link['key']}"])
     corrupt = [e for e in data.events if e["event"] == "artifact_corrupt"]
     caption = f"Stages built by this run took {seconds(total)} in all; one without a time was built by another run."
-    blocks: list = [Table(["stage", "in the last command", "build time", "artifact"], rows, caption, {0, 1, 3})]
+    blocks: list[Block] = [Table(["stage", "in the last command", "build time", "artifact"], rows, caption, {0, 1, 3})]
     if corrupt:
         names = ", ".join(sorted({e["stage"] for e in corrupt}))
         blocks.append(Text(f"A stored artifact was found corrupt, quarantined and rebuilt: {names}.", note=True))
@@ -235,7 +235,7 @@ def stages_section(data: RunData) -> Section | None:
 
 def settings_section(data: RunData) -> Section:
     """Resolved configuration and provenance."""
-    blocks: list = []
+    blocks: list[Block] = []
     record = dict(data.provenance)
     if record:
         command = record.get("command")

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from genrec_dist.studies import paper, plots
-from genrec_dist.studies.blocks import Cell, Figure, Section, Table, Text, Tile, interval, number, percent, seconds
+from genrec_dist.studies.blocks import (
+    Block,
+    Cell,
+    Figure,
+    Section,
+    Table,
+    Text,
+    Tile,
+    interval,
+    number,
+    percent,
+    seconds,
+)
 from genrec_dist.studies.run_data import RunData
 
 HEADLINE = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
@@ -90,7 +102,7 @@ def comparison(data: RunData) -> Section | None:
     table = Table(["", *map(metric_label, names)], rows, "Below a number: 95% bootstrap interval.")
     table.strong_rows, table.faint_rows = {0}, faint
     shown = [n for n in ("recall@10", "ndcg@10") if n in names] or names[:2]
-    blocks = [Figure(plots.headline(entries, shown, data.oracle)), table]
+    blocks: list[Block] = [Figure(plots.headline(entries, shown, data.oracle)), table]
     note = " ".join(_sentences(data, printed))
     if note:
         blocks.insert(0, Text(note))
@@ -106,7 +118,7 @@ def _entry(label: str, metrics: dict, kind: str) -> dict:
 
 def _sentences(data: RunData, printed: dict) -> list[str]:
     name = "recall@10"
-    value = data.main["test"].get(name)
+    value = (data.main or {"test": {}})["test"].get(name)
     if value is None:
         return []
     said = []
@@ -152,7 +164,7 @@ def metrics_section(data: RunData) -> Section | None:
         for label, values, users, bounds in variants
     ]
     table = Table(["", "users", *map(metric_label, names)], rows, strong_rows={0})
-    blocks: list = [table]
+    blocks: list[Block] = [table]
     blocks.append(
         Text(
             "A held-out item counts only when the list holds that very item. Ties: users whose validation and test "

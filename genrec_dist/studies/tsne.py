@@ -67,7 +67,7 @@ def tsne_maps(
         for i, table in enumerate(tables.values()):
             arrays[f"points{i}"], arrays[f"clusters{i}"] = _lay_out(table[sample], seed)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
         write_atomic(cache_folder / CACHE, buffer.getvalue())
     return [Map(title, arrays[f"points{i}"], arrays[f"clusters{i}"]) for i, title in enumerate(tables)]
 

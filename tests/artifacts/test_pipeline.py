@@ -74,7 +74,7 @@ def test_builds_inputs_first_then_reuses(tmp_path):
 def test_a_setting_rebuilds_its_own_stage_and_what_reads_it(tmp_path):
     Toy([1, 2]).run(tmp_path)
     factor = Toy([1, 2], factor=2)
-    folders, seen = factor.run(tmp_path)
+    folders, _ = factor.run(tmp_path)
     assert factor.builds == ["total"]
     assert (folders["total"] / "total.txt").read_text() == "6"
 

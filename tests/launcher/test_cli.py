@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REAL
+from cli_process import REAL
 from typer.testing import CliRunner
 
 from genrec_dist import __version__
@@ -135,3 +135,11 @@ def test_synth_and_describe(cli, small: Path) -> None:
     wrong = cli("data", "describe", "raw", script=REAL)
     assert wrong.returncode == 2
     assert "not a catalog artifact" in wrong.stderr
+
+
+@pytest.mark.data
+def test_dry_run_counts_a_parquet_pair_before_it_is_built(cli, real_data: Path) -> None:
+    (cli.folder / "beauty.yaml").write_text(f"catalog: {{source: parquet, path: {real_data / 'beauty'}}}\n")
+    done = cli("run", "beauty.yaml", "--dry-run", script=REAL)
+    assert done.returncode == 0, done.stderr
+    assert "~22,363 users, ~12,101 items, ~198,502 interactions, ~131,413 training prefixes" in done.stdout

@@ -49,13 +49,9 @@ def test_typed_errors_are_found(error: Exception) -> None:
 
 
 def test_the_outer_of_two_typed_errors_counts() -> None:
-    try:
-        try:
-            raise DATA
-        except DataError as error:
-            raise CheckpointError("no checkpoint") from error
-    except CheckpointError as outer:
-        assert explain(outer).exit_code == 5
+    outer = CheckpointError("no checkpoint")
+    outer.__cause__ = DATA
+    assert explain(outer).exit_code == 5
 
 
 @pytest.mark.parametrize(

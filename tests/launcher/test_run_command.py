@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from cli_process import FAKE
 
 from genrec_dist.artifacts.files import read_json
 
@@ -59,7 +60,7 @@ def test_noise_of_any_origin_goes_to_the_log_only(cli) -> None:
 def test_terminal_shows_stages_and_no_noise(cli) -> None:
     screen, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, cli_script(), "run", "a.yaml", "--name", "noisy"],
+        [sys.executable, *FAKE, "run", "a.yaml", "--name", "noisy"],
         cwd=cli.folder,
         env=cli.environment | {"TERM": "xterm", "LANG": "C.UTF-8"},
         stdout=terminal,
@@ -80,10 +81,6 @@ def test_terminal_shows_stages_and_no_noise(cli) -> None:
     assert "✓" in seen.decode()
     assert b"built in" in seen
     assert b"NOISE" not in seen
-
-
-def cli_script() -> str:
-    return os.path.join(os.path.dirname(__file__), "fake_cli.py")
 
 
 def test_typed_error_is_shown_without_a_traceback(cli) -> None:

@@ -61,7 +61,12 @@ class FakeRun:
                 "brand": brands[np.arange(self.num_items) % 3].tolist(),
             }
             pq.write_table(pa.table(columns), out / "items.parquet")
-            stats = {"num_users": self.num_users, "num_items": self.num_items, "num_interactions": 198502}
+            stats = {
+                "num_users": self.num_users,
+                "num_items": self.num_items,
+                "num_interactions": 198502,
+                "input": {"bad_rows": 3},
+            }
             write_json(out / "stats.json", {**stats, "sequence_length": {"mean": 8.876, "max": 204}})
             ledger = Ledger()
             ledger.add("reviews.json.gz", 17, HOSTILE, detail="broken line")

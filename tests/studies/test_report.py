@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_run import HOSTILE, FakeRun, full_run
 
@@ -141,8 +142,8 @@ def test_damaged_or_stale_maps_are_made_again(tmp_path):
     fake = full_run(tmp_path)
     write_report(fake.run)
     cache = fake.run.path / tsne.CACHE
-    good = tsne._load(cache, str(dict(__import__("numpy").load(cache))["key"]))
-    assert good is not None
+    with np.load(cache, allow_pickle=False) as stored:
+        good = dict(stored)
     assert tsne._load(cache, "another key") is None
     cache.write_bytes(cache.read_bytes()[:200])
     assert tsne._load(cache, str(good["key"])) is None
@@ -184,7 +185,7 @@ def test_popularity_run_has_no_other_stages(tmp_path):
     fake.summary(main, {})
     page = Page(write_report(fake.run))
     assert page.row("this run (popularity)")[1] == f"{main['test']['recall@10']:.4f}"
-    assert "beam width" not in page.text.split("Settings and provenance")[1]
+    assert "beam width" not in page.text
     assert not any(row and row[0].startswith("test, users without") for row in page.rows)
 
 

@@ -70,6 +70,7 @@ class CatalogConfig(Section):
     duplicates: Literal["first", "keep"] = "first"
     unknown_items: Literal["keep", "drop"] = "keep"
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    allow_truncated: bool = Field(False, description="go on with what a cut-off .gz file still holds")
 
     @model_validator(mode="after")
     def _path_or_synthetic(self) -> CatalogConfig:
@@ -92,7 +93,7 @@ class SemanticConfig(Section):
     )
     max_tokens: int = Field(128, ge=4)
     normalize: bool = True
-    rows_per_shard: int = Field(4096, ge=1)
+    rows_per_shard: int = Field(1024, ge=1)
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
 
 
@@ -126,9 +127,10 @@ class FusionConfig(Section):
     backbone: Literal["din", "sasrec"] = "din"
     dim: int = Field(128, ge=4)
     num_layers: int = Field(2, ge=1, description="self-attention layers (backbone sasrec)")
-    num_heads: int = Field(2, ge=1)
+    num_heads: int = Field(1, ge=1)
+    input_norm: bool = Field(False, description="layer norm of item + position (backbone sasrec)")
     max_history: int = Field(20, ge=1)
-    dropout: float = Field(0.5, ge=0, lt=1)
+    dropout: float = Field(0.4, ge=0, lt=1)
     attention: Literal["dot", "mlp"] = Field(
         "dot", description="activation unit of DIN: bilinear, or the MLP of the DIN paper"
     )
@@ -212,8 +214,9 @@ class SasrecConfig(Section):
 
     dim: int = Field(128, ge=4)
     num_layers: int = Field(2, ge=1)
-    num_heads: int = Field(2, ge=1)
-    dropout: float = Field(0.5, ge=0, lt=1)
+    num_heads: int = Field(1, ge=1)
+    input_norm: bool = Field(False, description="layer norm of item + position")
+    dropout: float = Field(0.4, ge=0, lt=1)
     max_history: int = Field(20, ge=1)
     similarity: Literal["inner", "cosine"] = "cosine"
     temperature: float = Field(0.07, gt=0)
@@ -256,7 +259,7 @@ class ReportConfig(Section):
     """What the HTML report adds; nothing here changes a result."""
 
     tsne_items: int = Field(3000, ge=0, description="items in the t-SNE figure; 0 leaves it out")
-    paper_table: str | None = Field(None, description="data set of PRORec Table 3: beauty, sports or toys")
+    paper_table: Literal["beauty", "sports", "toys"] | None = Field(None, description="data set of PRORec Table 3: beauty, sports or toys")
 
 
 class RuntimeConfig(Section):
@@ -274,7 +277,7 @@ class RuntimeConfig(Section):
     zero_stage: Literal[0, 1, 2] = 0
     checkpoint_minutes: float = Field(1.0, ge=0, description="minutes between checkpoints; 0: every epoch only")
     keep_checkpoints: int = Field(2, ge=1)
-    embed_batch_size: int = Field(64, ge=1)
+    embed_batch_size: int = Field(32, ge=1)
     eval_batch_size: int = Field(256, ge=1)
     max_failures: int = Field(1, ge=0, description="retries after real failures")
     max_preemptions: int = Field(10, ge=0, description="retries after node loss")

@@ -130,7 +130,7 @@ def catalog_counts(config: Config, artifact: Path | None) -> Counts | None:
     if artifact is not None:
         from genrec_dist.catalog.dataset import Catalog
 
-        sequences = Catalog(artifact).sequences
+        sequences = Catalog(artifact, config.catalog.order).sequences
         return Counts(
             sequences.num_users, sequences.num_items, len(sequences.items), np.asarray(sequences.lengths), "exact"
         )

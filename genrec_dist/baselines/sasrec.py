@@ -32,6 +32,7 @@ def sasrec_stage(config: Config, catalog: Stage, kind: str) -> Stage:
     section = config.sasrec.model_copy(update={"similarity": kind})
     settings = {
         "sasrec": section.model_dump(mode="json"),
+        "order": config.catalog.order,
         "seed": config.seed,
         "validation_users": config.evaluation.validation_users,
     }
@@ -52,7 +53,9 @@ class SasrecModel(nn.Module):
         super().__init__()
         self.config = config
         self.item = nn.Embedding(num_items, config.dim)
-        self.backbone = SasRec(config.dim, config.max_history, config.num_layers, config.num_heads, config.dropout)
+        self.backbone = SasRec(
+            config.dim, config.max_history, config.num_layers, config.num_heads, config.dropout, config.input_norm
+        )
         init_weights(self.item)
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
@@ -93,7 +96,7 @@ class SasrecTask:
 def train_sasrec(worker: Worker, context: StageContext, settings: dict) -> None:
     """Worker function: train the reference."""
     config = SasrecConfig.model_validate(settings["sasrec"])
-    sequences = Catalog(context.inputs["catalog"]).sequences
+    sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
     task = SasrecTask(config, sequences, worker, settings["seed"], settings["validation_users"])
     engine = make_engine(task.model, config.optim, worker, context.runtime)
     summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])

@@ -95,8 +95,8 @@ def assemble(config: CatalogConfig, shards: dict[str, Path], names: dict[str, li
     if config.unknown_items == "drop":
         data = data.take(~unknown)
         counts["bad_rows"] += counts["unknown_item"]
-    _check_fraction("metadata", metadata_counts, config.max_bad_fraction, names["items"], ledger)
-    _check_fraction("interactions", counts, config.max_bad_fraction, sources, ledger)
+    _check_fraction("metadata", metadata_counts, config, names["items"], ledger)
+    _check_fraction("interactions", counts, config, sources, ledger)
 
     ordered_by = _ordering(data, config.order)
     if config.duplicates == "first":
@@ -116,7 +116,7 @@ def assemble(config: CatalogConfig, shards: dict[str, Path], names: dict[str, li
             expected="at least one user and item above the k-core thresholds",
             fix="lower catalog.min_user_interactions and catalog.min_item_interactions, or check the input",
         )
-    out = _index(data, config.order, ordered_by, metadata, known_row)
+    out = _index(data, ordered_by, metadata, known_row)
     described = np.unique(known_row[data.item])
     metadata_counts["items_without_interactions"] = len(metadata) - int((described >= 0).sum())
     metadata_counts["items_without_metadata"] = len(out.items) - int((described >= 0).sum())
@@ -212,9 +212,12 @@ def _rows_of(values: pa.Array | pa.ChunkedArray, table_ids: pa.ChunkedArray) -> 
     return pc.fill_null(pc.index_in(values, value_set=table_ids.combine_chunks()), -1).to_numpy()
 
 
-def _check_fraction(role: str, counts: dict, limit: float, names: list[str], ledger: Ledger) -> None:
+def _check_fraction(role: str, counts: dict, config: CatalogConfig, names: list[str], ledger: Ledger) -> None:
     total, bad = counts["input_rows"], counts["bad_rows"]
-    if bad <= limit * total:
+    limit = config.max_bad_fraction
+    # A cut-off file is one bad row however much of it is missing, so no fraction can excuse it.
+    cut_off = counts["bad_by_reason"].get("truncated_gzip", 0) and not config.allow_truncated
+    if bad <= limit * total and not cut_off:
         return
     reasons = dict(counts["bad_by_reason"])
     if bad > sum(reasons.values()):
@@ -222,22 +225,24 @@ def _check_fraction(role: str, counts: dict, limit: float, names: list[str], led
     places = [row for row in ledger.rows if row["source"] in names and row["reason"] in reasons]
     first = [f"{row['source']}:{row['line']} {row['reason']} {row['detail']}".strip() for row in places[:5]]
     raise DataError(
-        f"too many bad rows in the {role}",
+        f"a compressed file of the {role} is cut off" if cut_off else f"too many bad rows in the {role}",
         where="; ".join(first),
         got=f"{bad} of {total} rows: " + ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items())),
         expected=f"at most {limit:.2%} (catalog.max_bad_fraction)",
-        fix="mend the input, choose the right catalog.source, or raise catalog.max_bad_fraction",
+        fix="fetch the file again, or set catalog.allow_truncated=true"
+        if cut_off
+        else "mend the input, choose the right catalog.source, or raise catalog.max_bad_fraction",
     )
 
 
 def _ordering(data: Interactions, order: str) -> str:
-    """What the time order goes by: a complete position, else a complete timestamp."""
+    """What the stored order goes by: a complete position, else a complete timestamp, else only the item."""
     if data.has_position.all():
         return "position"
     if data.has_timestamp.all():
         return "timestamp"
     if order == "file":
-        return "timestamp"  # only decides which of two duplicates came first
+        return "item"  # what timestamps there are only decide which of two duplicates came first
     raise DataError(
         "interactions cannot be put into time order",
         where="catalog.order",
@@ -264,12 +269,12 @@ def _repeats(data: Interactions, ordered_by: str) -> np.ndarray:
     return repeated
 
 
-def _index(data: Interactions, config_order: str, ordered_by: str, metadata: pa.Table, known: np.ndarray) -> Assembled:
+def _index(data: Interactions, ordered_by: str, metadata: pa.Table, known: np.ndarray) -> Assembled:
     """Number users and items by the rank of their ids and sort the interactions."""
     kept_users, user = np.unique(data.user, return_inverse=True)
     kept_items, item = np.unique(data.item, return_inverse=True)
     keys = _time_keys(data, ordered_by)
-    order = np.lexsort((*keys, data.user) if config_order == "time" else (*keys, data.item, data.user))
+    order = np.lexsort((*keys, data.item, data.user) if ordered_by == "item" else (*keys, data.user))
     row = known[kept_items]
     items = metadata.take(pa.array(row, mask=row < 0))  # without metadata: every column null
     items = items.set_column(0, "item_id", data.item_ids.take(pa.array(kept_items)))

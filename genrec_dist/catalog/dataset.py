@@ -4,10 +4,11 @@ The artifact holds
 - items.parquet: item_index int32 (= row, 0..N-1, rank of item_id), item_id string, title, brand, description
   string (null when missing), categories list<string> (paths 'A > B > C', empty when missing), price float64;
 - sequences.parquet: user_index int32 (= row), user_id string, items list<int32>, timestamps list<int64>
-  (seconds; null when the source has none), in the configured order;
+  (seconds; null when the source has none), in time order (timestamp, then item_id);
 - stats.json, ledger.parquet, ledger.json.
 
-Leave-one-out split: the last item of a user is the test target, the one before it the validation target,
+The order is a view that a reader takes: 'time' as stored, 'file' by item within a user (what follows when
+timestamps are zeroed). Leave-one-out split: the last item of a user is the test target, the one before it the validation target,
 the rest is for training.
 """
 
@@ -19,6 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+
+from genrec_dist.artifacts.files import read_json
+from genrec_dist.errors import DataError
 
 NO_TIMESTAMP = np.iinfo(np.int64).min
 
@@ -45,6 +49,12 @@ class Sequences:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.indptr)
+
+    def by_item(self) -> Sequences:
+        """The same interactions, each user's sorted by item (equal items keep their order)."""
+        user = np.repeat(np.arange(self.num_users), self.lengths)
+        order = np.lexsort((self.items, user))
+        return Sequences(self.indptr, self.items[order], self.timestamps[order], self.num_items)
 
     def split_ends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Global end positions of the train part, and positions of the validation and test targets.
@@ -77,22 +87,38 @@ class Catalog:
 
     Args:
         folder: artifact folder.
+        order: 'time' or 'file'.
+
+    Raises:
+        DataError: time order of a catalog whose source had neither complete timestamps nor positions.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, order: str = "time") -> None:
+        self.folder, self.order = Path(folder), order
 
     @cached_property
     def sequences(self) -> Sequences:
         table = pq.read_table(self.folder / "sequences.parquet", columns=["items", "timestamps"])
         items = table["items"].combine_chunks()
         stamps = table["timestamps"].combine_chunks()
-        return Sequences(
+        sequences = Sequences(
             indptr=np.asarray(items.offsets, dtype=np.int64) - items.offsets[0].as_py(),
             items=items.flatten().to_numpy().astype(np.int32),
             timestamps=stamps.flatten().fill_null(int(NO_TIMESTAMP)).to_numpy().astype(np.int64),
             num_items=self.num_items,
         )
+        if self.order == "file":
+            return sequences.by_item()
+        stats = self.folder / "stats.json"
+        if stats.exists() and read_json(stats)["input"]["interactions"]["ordered_by"] == "item":
+            raise DataError(
+                "this catalog has no time order",
+                where="catalog.order",
+                got="time; the source had neither complete timestamps nor complete positions",
+                expected="file",
+                fix="set catalog.order=file, or complete the source",
+            )
+        return sequences
 
     @cached_property
     def num_items(self) -> int:

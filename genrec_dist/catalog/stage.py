@@ -23,7 +23,8 @@ _checksums: dict[tuple[str, int, int], str] = {}
 def catalog_stage(config: Config) -> Stage:
     """The stage that builds the catalog of a run.
 
-    Its content hash covers the bytes of the input files, not where they lie.
+    Its content hash covers the bytes of the input files, not where they lie, and not `catalog.order`: the
+    order is a view that readers take (see dataset.py), so that both orders share the text embeddings.
 
     Args:
         config: the whole configuration; only `catalog` is read.
@@ -32,7 +33,7 @@ def catalog_stage(config: Config) -> Stage:
         DataError: the input files are not found.
     """
     catalog = config.catalog
-    settings = catalog.model_dump(mode="json", exclude={"path", "interactions", "items", "synthetic"})
+    settings = catalog.model_dump(mode="json", exclude={"path", "interactions", "items", "synthetic", "order"})
     if catalog.source == "synthetic":
         settings["synthetic"] = catalog.synthetic.model_dump(mode="json") | {"version": GENERATOR_VERSION}
         return Stage("catalog", VERSION, settings, {}, lambda ctx: _build_synthetic(catalog, ctx))

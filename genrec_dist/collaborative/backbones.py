@@ -46,7 +46,8 @@ class Din(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.state = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout))
-        self.key = nn.Linear(dim, dim)
+        if attention == "dot":
+            self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.pool = nn.Linear(dim, 1)
         self.user = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim))
@@ -98,8 +99,11 @@ class SasRec(nn.Module):
     Source: Kang and McAuley (2018). Deviations: pre-norm, GELU, positions count from the oldest item.
     """
 
-    def __init__(self, dim: int, max_history: int, num_layers: int, num_heads: int, dropout: float) -> None:
+    def __init__(
+        self, dim: int, max_history: int, num_layers: int, num_heads: int, dropout: float, input_norm: bool = False
+    ) -> None:
         super().__init__()
+        self.input_norm = nn.LayerNorm(dim) if input_norm else nn.Identity()
         self.position = nn.Embedding(max_history, dim)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(dim, num_heads, 4, dropout) for _ in range(num_layers))
@@ -110,7 +114,7 @@ class SasRec(nn.Module):
         """User state after each place, (B, L, D). Right padding needs no mask: no real place looks at it."""
         length = history_BL.shape[1]
         x_BLD = table_ND[history_BL] + self.position.weight[:length]
-        x_BLD = self.dropout(x_BLD)
+        x_BLD = self.dropout(self.input_norm(x_BLD))
         for layer in self.layers:
             x_BLD = layer(x_BLD, None, causal=True)
         return self.norm(x_BLD)

@@ -75,7 +75,7 @@ class FusionModel(nn.Module):
             )
         else:
             self.backbone = SasRec(
-                config.dim, config.max_history, config.num_layers, config.num_heads, config.dropout
+                config.dim, config.max_history, config.num_layers, config.num_heads, config.dropout, config.input_norm
             )
         init_weights(self.collaborative)
         nn.init.xavier_uniform_(self.adaption.linear.weight)

@@ -82,5 +82,7 @@ def info_nce(
     logits = similarity(anchors, candidates, kind).float() / temperature
     own = logits.gather(1, positives[:, None]).squeeze(1)
     if not positive_in_denominator:
+        if len(candidates) < 2:  # a lone item has nothing to be told apart from
+            return own.sum() * 0.0
         logits = logits.scatter(1, positives[:, None], -math.inf)
     return (torch.logsumexp(logits, 1) - own).sum()

@@ -31,6 +31,7 @@ def fusion_stage(config: Config, catalog: Stage, semantic: Stage) -> Stage:
     """Stage that trains Stage I and writes the integrated embeddings."""
     settings = {
         "fusion": config.fusion.model_dump(mode="json"),
+        "order": config.catalog.order,
         "seed": config.seed,
         "validation_users": config.evaluation.validation_users,
     }
@@ -110,7 +111,7 @@ def train_fusion(worker: Worker, context: StageContext, settings: dict) -> None:
     config = FusionConfig.model_validate(settings["fusion"])
     if config.mode == "concat_pca":
         config.item_input, config.align_weight = "collaborative", 0.0
-    sequences = Catalog(context.inputs["catalog"]).sequences
+    sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
     semantic = torch.from_numpy(read_embeddings(context.inputs["semantic"]))
     task = FusionTask(config, sequences, semantic, worker, settings["seed"], settings["validation_users"])
     engine = make_engine(task.model, config.optim, worker, context.runtime)

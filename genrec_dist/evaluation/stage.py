@@ -60,7 +60,7 @@ def build_evaluation(context: StageContext, settings: dict) -> None:
     evaluation = EvaluationConfig.model_validate(settings["evaluation"])
     test = _collect(context, settings, "test")
     valid = _collect(context, settings, "valid")
-    sequences = Catalog(context.inputs["catalog"]).sequences
+    sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
     _, users = holdout_samples(sequences, 1, "test", torch.device("cpu"))
     _, _, position = sequences.split_ends()
     pq.write_table(
@@ -153,7 +153,7 @@ def rank_users(
 ) -> Arrays:
     """Ranks of this worker's batches; zero elsewhere, so that shares add up."""
     evaluation = EvaluationConfig.model_validate(settings["evaluation"])
-    sequences = Catalog(inputs["catalog"]).sequences
+    sequences = Catalog(inputs["catalog"], settings["order"]).sequences
     ranker = _ranker(settings, inputs, sequences, evaluation, worker)
     samples, _ = holdout_samples(sequences, ranker.max_history, split, worker.device)
     generative = settings["method"] == "generator"

@@ -35,6 +35,7 @@ def beam_search(
             log-probabilities (B, W) float32 in the same order.
     """
     trie, batch, device = model.trie, len(history), history.device
+    mix_weight = mix_weight if model.config.distill_weight else 0.0
     memory = model.encode(history, mask)
     hidden, cache = model.decode(model.start_tokens(batch), memory)
     log_p = _log_softmax(model.head(hidden[:, -1], torch.zeros(batch, dtype=torch.int64, device=device), 0))
@@ -64,7 +65,7 @@ def beam_search(
             cache = [(k[source.view(-1)], v[source.view(-1)]) for k, v in cache]
     items = torch.where(torch.isfinite(scores), trie.node_item[nodes], -1)
     log_p = scores
-    if mix_weight and model.config.distill_weight:
+    if mix_weight:
         if user_query is None:
             dense = _end_token_logits(model, memory, items)
         else:

@@ -33,6 +33,7 @@ def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: 
     evaluation = config.evaluation
     settings = {
         "generator": config.generator.model_dump(mode="json"),
+        "order": config.catalog.order,
         "seed": config.seed,
         "validation_users": evaluation.validation_users,
         "validation_beam": evaluation.validation_beam,
@@ -96,7 +97,7 @@ class GeneratorTask:
 def train_generator(worker: Worker, context: StageContext, settings: dict) -> None:
     """Worker function: train the generator."""
     config = GeneratorConfig.model_validate(settings["generator"])
-    sequences = Catalog(context.inputs["catalog"]).sequences
+    sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
     torch.manual_seed(settings["seed"])
     model = build_model(config, context.inputs["fusion"], context.inputs["identifiers"]).to(worker.device)
     task = GeneratorTask(model, sequences, worker, settings)

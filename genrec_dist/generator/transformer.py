@@ -31,8 +31,8 @@ class Attention(nn.Module):
 
     def project(self, source_BSD: torch.Tensor) -> KeyValue:
         """Keys and values, each (B, H, S, E)."""
-        batch, length, _ = source_BSD.shape
-        both = self.key_value(source_BSD).view(batch, length, 2, self.num_heads, -1)
+        batch, length, dim = source_BSD.shape
+        both = self.key_value(source_BSD).view(batch, length, 2, self.num_heads, dim // self.num_heads)
         key, value = both.permute(2, 0, 3, 1, 4)
         return key, value
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
             returns: (B, Q, D).
         """
         batch, length, dim = query_BQD.shape
-        query = self.query(query_BQD).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        query = self.query(query_BQD).view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)
         key, value = key_value
         out = F.scaled_dot_product_attention(
             query,

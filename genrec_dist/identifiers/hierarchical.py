@@ -59,9 +59,11 @@ def hierarchical_codes(
             if on_split is not None:
                 on_split(settled)
             continue
-        labels = split(embeddings[items], num_clusters, node_seed)
-        if len(np.unique(labels)) == 1:  # identical embeddings: nothing to cluster, split evenly
+        points = embeddings[items]
+        if (points == points[0]).all():  # nothing to cluster: split evenly, or the tree would grow into a comb
             labels = np.arange(len(items)) * num_clusters // len(items)
+        else:
+            labels = split(points, num_clusters, node_seed)
         for cluster in range(num_clusters):
             members = items[labels == cluster]
             for item in members.tolist():

@@ -11,6 +11,7 @@ import os
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
@@ -113,7 +114,7 @@ def _load_torch_state(model: nn.Module, optimizer: torch.optim.Optimizer, state:
     for name, p in _named(model):
         with torch.no_grad():
             p.copy_(state[f"model/{name}"])
-        if "step" in state:
+        if f"{MOMENTS[0]}/{name}" in state:  # a parameter that never had a gradient has none
             on_device = p.device if optimizer.defaults.get("fused") else torch.device("cpu")
             optimizer.state[p] = {"step": state["step"].clone().float().to(on_device)} | {
                 m: state[f"{m}/{name}"].to(p.device, copy=True) for m in MOMENTS
@@ -134,6 +135,9 @@ class DeepSpeedEngine:
 
         self.config, self.worker, self.zero_stage = config, worker, zero_stage
         backend = "nccl" if worker.device.type == "cuda" else "gloo"
+        os.environ.setdefault("LOCAL_RANK", str(worker.device.index or 0))  # DeepSpeed insists on it
+        if worker.world_size == 1 and not dist.is_initialized():  # a plain process: a group of its own
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -142,10 +146,17 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.model = self.engine.module
-        if zero_stage:  # ZeRO makes the states by one step on zero gradients; count from zero like the others
-            for slot in self._base.state.values():
-                if "step" in slot:
-                    slot["step"] = torch.zeros_like(torch.as_tensor(slot["step"], dtype=torch.float32))
+        if zero_stage:
+            self._make_moments()
+
+    def _make_moments(self) -> None:
+        """ZeRO makes and links the Adam moments at its first step; a checkpoint may be read or written before it."""
+        for p in self.optimizer.single_partition_of_fp32_groups:
+            on_device = p.device if self._base.defaults.get("fused") else torch.device("cpu")
+            self._base.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=on_device)} | {
+                moment: torch.zeros_like(p) for moment in MOMENTS
+            }
+        self.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
     def _base(self) -> torch.optim.Optimizer:
@@ -196,8 +207,8 @@ class DeepSpeedEngine:
 def deepspeed_settings(config: OptimConfig, world_size: int, zero_stage: int) -> dict[str, Any]:
     """DeepSpeed's own JSON for this optimiser and world size."""
     return {
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.batch_size // world_size,
+        # Only for DeepSpeed's own bookkeeping: the loop cuts the batches, and the last of an epoch is smaller.
+        "train_micro_batch_size_per_gpu": max(1, config.batch_size // world_size),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.clip_norm,
         "zero_optimization": {"stage": zero_stage},

@@ -24,6 +24,6 @@ def build(tmp_path: Path) -> Callable[..., Catalog]:
         out.mkdir()
         stage = catalog_stage(Config(catalog=CatalogConfig(**settings)))
         stage.build(StageContext(out=out, inputs={}, runtime=RuntimeConfig(backend=backend)))
-        return Catalog(out)
+        return Catalog(out, settings.get("order", "time"))
 
     return run

@@ -1,0 +1,76 @@
+"""Faults on purpose: a training killed at a step, files cut short or flipped, a worker that raises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from genrec_dist.errors import DataError
+from genrec_dist.pipeline import StageContext
+from genrec_dist.training.worker import Worker
+
+
+class InjectedFault(BaseException):
+    """Stands for a kill; no handler of ordinary errors catches it."""
+
+
+class FaultyTask:
+    """A training task that dies, or turns its loss to NaN, at one global step.
+
+    Args:
+        task: the real task.
+        crash_at: step whose batch raises `InjectedFault`.
+        nan_at: step whose loss is multiplied by NaN.
+    """
+
+    def __init__(self, task, *, crash_at: int | None = None, nan_at: int | None = None) -> None:
+        self.task, self.crash_at, self.nan_at = task, crash_at, nan_at
+        self.model, self.order = task.model, _WatchedOrder(task.order, self)
+        self.step = -1
+        if nan_at is not None:
+            self.model.register_forward_hook(self._poison)
+
+    def batch(self, indices, worker: Worker) -> dict:
+        if self.step == self.crash_at:
+            raise InjectedFault(f"step {self.step}")
+        return self.task.batch(indices, worker)
+
+    def validate(self, worker: Worker) -> dict[str, float]:
+        return self.task.validate(worker)
+
+    def _poison(self, module, inputs, losses):
+        if isinstance(losses, dict) and self.step == self.nan_at:
+            return {name: loss * torch.nan for name, loss in losses.items()}
+        return None
+
+
+class _WatchedOrder:
+    """The task's order, noting which step is under way."""
+
+    def __init__(self, order, owner: FaultyTask) -> None:
+        self.order, self.owner, self.steps_per_epoch = order, owner, order.steps_per_epoch
+
+    def batch(self, step: int):
+        self.owner.step = step
+        return self.order.batch(step)
+
+
+def truncate(path: Path, fraction: float = 0.5) -> None:
+    """Cut a file to a fraction of its length."""
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * fraction)])
+
+
+def flip_byte(path: Path, position: int = -1) -> None:
+    """Invert one byte of a file; its size stays."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def raise_data_error(worker: Worker, context: StageContext, settings: dict) -> None:
+    """Worker function that fails with a DataError on the rank `settings["rank"]`; the others wait for it."""
+    if worker.rank == settings["rank"]:
+        raise DataError("made to fail", where="settings.rank", got=worker.rank, expected="no fault", fix="none")
+    worker.barrier()

@@ -1,6 +1,7 @@
 """Starting and leaving Ray: private on this machine, or by address. Token authentication is always on.
 
-A private Ray listens on loopback only and uses a token made for this process.
+A private Ray listens on loopback only and uses a token made for this process. Ray reads RAY_AUTH_MODE when it is
+imported, so the package's own `__init__` sets it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,6 @@ def ensure_ray(runtime: RuntimeConfig) -> Any:
         ClusterError: Ray cannot be started or the address does not answer.
     """
     global _started_here
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -54,7 +56,8 @@ def ensure_ray(runtime: RuntimeConfig) -> Any:
     python_path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     options["runtime_env"] = {"env_vars": {"PYTHONPATH": python_path}}
     try:
-        ray.init(**options)
+        with _loopback_only(runtime.ray_address is None):
+            ray.init(**options)
     except Exception as error:
         raise ClusterError(
             "Ray could not be started" if runtime.ray_address is None else "Ray cluster does not answer",
@@ -65,6 +68,24 @@ def ensure_ray(runtime: RuntimeConfig) -> Any:
         ) from error
     _started_here = True
     return ray
+
+
+@contextmanager
+def _loopback_only(private: bool) -> Iterator[None]:
+    """Let a private Ray bind to 127.0.0.1.
+
+    `ray.init` replaces a loopback node address by the machine's reachable one, and then listens on every
+    interface. Its processes bind to loopback when they are given 127.0.0.1, so the replacement is held off.
+    """
+    from ray._private import services
+
+    original = services.resolve_ip_for_localhost
+    if private:
+        services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = original
 
 
 def _token_present() -> bool:

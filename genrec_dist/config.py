@@ -57,12 +57,8 @@ class CatalogConfig(Section):
         None,
         description="folder of the data set; a relative path is looked for in $GENREC_DATA, ./data and ../shared/data",
     )
-    interactions: str | None = Field(
-        None, description="file or glob inside `path`; default by source"
-    )
-    items: str | None = Field(
-        None, description="metadata file or glob inside `path`; default by source"
-    )
+    interactions: str | None = Field(None, description="file or glob inside `path`; default by source")
+    items: str | None = Field(None, description="metadata file or glob inside `path`; default by source")
     synthetic: SyntheticConfig = SyntheticConfig()
     order: Literal["time", "file"] = "time"
     min_user_interactions: int = Field(5, ge=0, description="iterative k-core; 0 or 1 keeps all")
@@ -232,9 +228,7 @@ class EvaluationConfig(Section):
         0.0, ge=0, description="weight of the distillation token's dense log-probability beside the beam's"
     )
     bootstrap_samples: int = Field(1000, ge=0)
-    exact_users: int = Field(
-        1000, ge=0, description="users scored over the whole catalog to check the beam; 0 skips"
-    )
+    exact_users: int = Field(1000, ge=0, description="users scored over the whole catalog to check the beam; 0 skips")
     validation_users: int = Field(0, ge=0, description="users of the validation during training; 0: all")
     validation_beam: int = Field(20, ge=1)
 
@@ -259,7 +253,9 @@ class ReportConfig(Section):
     """What the HTML report adds; nothing here changes a result."""
 
     tsne_items: int = Field(3000, ge=0, description="items in the t-SNE figure; 0 leaves it out")
-    paper_table: Literal["beauty", "sports", "toys"] | None = Field(None, description="data set of PRORec Table 3: beauty, sports or toys")
+    paper_table: Literal["beauty", "sports", "toys"] | None = Field(
+        None, description="data set of PRORec Table 3: beauty, sports or toys"
+    )
 
 
 class RuntimeConfig(Section):

@@ -160,9 +160,7 @@ def _reuse(stage: Stage, store: ArtifactStore, run: RunFolder) -> Path | None:
         return None
 
 
-def _build(
-    stage: Stage, store: ArtifactStore, run: RunFolder, runtime: RuntimeConfig, notify: Callable
-) -> Path:
+def _build(stage: Stage, store: ArtifactStore, run: RunFolder, runtime: RuntimeConfig, notify: Callable) -> Path:
     with store.building(stage.name, stage.key) as out:
         if store.exists(stage.name, stage.key):  # another process finished it while this one waited
             return store.open(stage.name, stage.key)

@@ -127,15 +127,38 @@ def provenance(command: list[str], seed: int) -> dict:
             continue
     return {
         "genrec_dist": __version__,
-        "command": command,
+        "command": [Path(command[0]).stem.replace("cli", "genrec"), *command[1:]] if command else [],
         "seed": seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": _git(),
         "python": sys.version.split()[0],
         "platform": platform.platform(terse=True),
+        "cpu": _cpu_name(),
         "cpu_cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": _gpu_names(),
         "packages": versions,
     }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _gpu_names() -> list[str]:
+    """Names of the GPUs by nvidia-smi; empty without a driver."""
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in out.splitlines() if line.strip()]
 
 
 def _git() -> dict | None:

@@ -8,8 +8,8 @@ The artifact holds
 - stats.json, ledger.parquet, ledger.json.
 
 The order is a view that a reader takes: 'time' as stored, 'file' by item within a user (what follows when
-timestamps are zeroed). Leave-one-out split: the last item of a user is the test target, the one before it the validation target,
-the rest is for training.
+timestamps are zeroed). Leave-one-out split: the last item of a user is the test target, the one before it the
+validation target, the rest is for training.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +38,7 @@ def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], labe
         inputs: 'catalog', and the model's own artifacts.
         label: title of the stage.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "method": method,
         "order": config.catalog.order,
         "seed": config.seed,
@@ -90,9 +91,7 @@ def summarise(test: Arrays, valid: Arrays, tied: np.ndarray, settings: dict, eva
         "mix_weight": evaluation.mix_weight if generative else 0.0,
         "test": rank_metrics(test["rank"], cutoffs),
         "valid": rank_metrics(valid["rank"], cutoffs),
-        "intervals": bootstrap_intervals(
-            test["rank"], cutoffs, evaluation.bootstrap_samples, settings["seed"]
-        )
+        "intervals": bootstrap_intervals(test["rank"], cutoffs, evaluation.bootstrap_samples, settings["seed"])
         if evaluation.bootstrap_samples
         else {},
         "without_ties": {"users": int((~tied).sum()), **rank_metrics(test["rank"][~tied], cutoffs)}
@@ -177,7 +176,9 @@ def rank_users(
     return {name: arrays.get(name, np.zeros(len(samples), np.int64)) for name in names}
 
 
-def _ranker(settings: dict, inputs: dict[str, Path], sequences: Sequences, evaluation: EvaluationConfig, worker: Worker):
+def _ranker(
+    settings: dict, inputs: dict[str, Path], sequences: Sequences, evaluation: EvaluationConfig, worker: Worker
+):
     from genrec_dist.evaluation.generative import DenseRanker, GenerativeRanker
 
     method = settings["method"]

@@ -9,6 +9,8 @@ Source: PRORec section 3.4, equations 6 to 8.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,9 +65,7 @@ class Generator(nn.Module):
         nn.init.normal_(self.bos, std=0.02)
 
         if config.encoder_input == "item":
-            self.item = nn.Embedding.from_pretrained(
-                self.integrated.clone(), freeze=not config.train_item_embeddings
-            )
+            self.item = nn.Embedding.from_pretrained(self.integrated.clone(), freeze=not config.train_item_embeddings)
         if config.head == "child":
             nodes = node_means(trie, self.integrated)
             self.head: ChildHead | PerLevelHead = ChildHead(
@@ -90,7 +90,7 @@ class Generator(nn.Module):
         for layer in self.encoder:
             x_BSD = layer(x_BSD, mask)
         x_BSD = self.encoder_norm(x_BSD)
-        return [layer.cross_attention.project(x_BSD) for layer in self.decoder], mask
+        return [cast(DecoderLayer, layer).cross_attention.project(x_BSD) for layer in self.decoder], mask
 
     def _source(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         place = self.position(recency(mask_BS))

@@ -15,6 +15,7 @@ from genrec_dist.artifacts.embeddings import read_embeddings
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.config import Config, GeneratorConfig
+from genrec_dist.errors import ArtifactError
 from genrec_dist.evaluation.generative import list_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.model import Generator
@@ -53,7 +54,14 @@ def load_model(config: GeneratorConfig, fusion: Path, identifiers: Path, generat
     model = build_model(config, fusion, identifiers)
     missing, unexpected = model.load_state_dict(load_file(generator / "model.safetensors"), strict=False)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert not unexpected and set(missing) <= frozen, (missing, unexpected)
+    if unexpected or not set(missing) <= frozen:
+        raise ArtifactError(
+            "stored parameters do not fit the model",
+            where=generator / "model.safetensors",
+            got=f"missing {sorted(set(missing) - frozen)[:3]}, unexpected {unexpected[:3]}",
+            expected="the parameters of the run's generator section",
+            fix="build the artifact again",
+        )
     return model.eval()
 
 

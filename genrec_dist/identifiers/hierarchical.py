@@ -42,9 +42,7 @@ def hierarchical_codes(
     """
 
     def split(points: np.ndarray, k: int, node_seed: int) -> np.ndarray:
-        return kmeans(
-            points, k, iterations=iterations, seed=node_seed, num_starts=num_starts, balanced=balanced
-        ).labels
+        return kmeans(points, k, iterations=iterations, seed=node_seed, num_starts=num_starts, balanced=balanced).labels
 
     num_items = len(embeddings)
     codes: list[list[int]] = [[] for _ in range(num_items)]

@@ -30,6 +30,4 @@ def _build(context: StageContext, settings: dict) -> None:
         on_split=lambda done: context.progress(done, len(embeddings), "items"),
     )
     build_trie(codes, depth).save(context.out)
-    write_json(
-        context.out / "quality.json", codebook_quality(codes, depth, settings["num_clusters"], embeddings)
-    )
+    write_json(context.out / "quality.json", codebook_quality(codes, depth, settings["num_clusters"], embeddings))

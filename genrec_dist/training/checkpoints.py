@@ -73,13 +73,15 @@ class Checkpoints:
 
 def _problem(path: Path) -> str | None:
     try:
-        files = read_json(path / MANIFEST)["files"]
-    except (OSError, ValueError, KeyError) as error:
+        record = read_json(path / MANIFEST)
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
+        record["loop"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"no readable manifest ({type(error).__name__})"
-    for name, entry in files.items():
+    for name, (size, digest) in files.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        if not file.is_file() or file.stat().st_size != size:
             return f"{name} is missing or truncated"
-        if sha256_file(file) != entry["sha256"]:
+        if sha256_file(file) != digest:
             return f"{name} does not match its SHA-256"
     return None

@@ -1,4 +1,4 @@
-"""Run a worker function under Ray Train, torchrun or in the plain process.
+"""Run a worker function under Ray Train, under torchrun's launcher or in the plain process.
 
 A worker function takes (worker, context, settings) and leaves its results as files in `context.out`. Typed
 errors raised in a Ray worker come back as they were and are not retried; node loss and crashes are.
@@ -16,6 +16,7 @@ from genrec_dist.errors import GenrecError, TrainingError
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.worker import Worker, plain_worker, setup_torch
 
+ERROR_FILE = "worker_error.json"
 WorkerFunction = Callable[[Worker, StageContext, dict], None]
 
 
@@ -31,13 +32,59 @@ def launch(function: WorkerFunction, context: StageContext, settings: dict) -> N
         GenrecError: as raised by the function.
         TrainingError: a worker died more often than the retry budget allows.
     """
-    runtime = context.runtime
-    if runtime.backend == "ray":
-        _launch_ray(function, context, settings)
-    else:
-        worker = plain_worker(runtime)
-        setup_torch(worker, worker_threads(runtime))
-        function(worker, context, settings)
+    error_file = context.scratch / ERROR_FILE
+    error_file.unlink(missing_ok=True)
+    try:
+        if context.runtime.backend == "ray":
+            _launch_ray(function, context, settings)
+        elif context.runtime.num_workers > 1:
+            _launch_processes(function, context, settings)
+        else:
+            _run_here(function, context, settings)
+    except GenrecError:
+        raise
+    except Exception as error:
+        if context.runtime.backend == "local" and context.runtime.num_workers == 1:
+            raise
+        raise TrainingError(
+            "training failed on the workers, retries exhausted",
+            where=context.title,
+            got=f"{type(error).__name__}: {last_line(error)}",
+            fix="see the run's logs; the same command continues from the last checkpoint",
+        ) from error
+    if error_file.exists():
+        raise rebuild_error(read_json(error_file))
+
+
+def _run_here(function: WorkerFunction, context: StageContext, settings: dict) -> None:
+    worker = plain_worker(context.runtime)
+    setup_torch(worker, worker_threads(context.runtime))
+    function(worker, context, settings)
+
+
+def _launch_processes(function: WorkerFunction, context: StageContext, settings: dict) -> None:
+    """torchrun's launcher: `num_workers` processes on this host, rendezvous on loopback, restarts as budgeted."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    launcher = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=context.runtime.num_workers,
+        run_id=context.key or "genrec",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=context.runtime.max_failures,
+        monitor_interval=0.5,
+    )
+    elastic_launch(launcher, _process_entry)(function, context, settings)
+
+
+def _process_entry(function: WorkerFunction, context: StageContext, settings: dict) -> None:
+    try:
+        _run_here(function, context, settings)
+    except GenrecError as error:
+        write_json(context.scratch / ERROR_FILE, describe_error(error))
 
 
 def _launch_ray(function: WorkerFunction, context: StageContext, settings: dict) -> None:
@@ -46,8 +93,6 @@ def _launch_ray(function: WorkerFunction, context: StageContext, settings: dict)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    error_file = context.scratch / "worker_error.json"
-    error_file.unlink(missing_ok=True)
     use_gpu = runtime.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= runtime.num_workers
     threads = worker_threads(runtime)
     trainer = TorchTrainer(
@@ -68,17 +113,7 @@ def _launch_ray(function: WorkerFunction, context: StageContext, settings: dict)
             failure_config=FailureConfig(max_failures=runtime.max_failures),
         ),
     )
-    try:
-        trainer.fit()
-    except Exception as error:
-        raise TrainingError(
-            "training failed on the Ray workers, retries exhausted",
-            where=context.title,
-            got=f"{type(error).__name__}: {error}"[:2000],
-            fix="see the run's logs; the same command continues from the last checkpoint",
-        ) from error
-    if error_file.exists():
-        raise rebuild_error(read_json(error_file))
+    trainer.fit()
 
 
 def _resources(use_gpu: bool) -> dict[str, float]:
@@ -91,14 +126,18 @@ def _ray_entry(config: dict[str, Any]) -> None:
 
     ray_context = ray.train.get_context()
     context: StageContext = config["context"]
-    worker = Worker(
-        ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device()
-    )
+    worker = Worker(ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device())
     setup_torch(worker, config["threads"])
     try:
         config["function"](worker, context, config["settings"])
     except GenrecError as error:
-        write_json(context.scratch / "worker_error.json", describe_error(error))
+        write_json(context.scratch / ERROR_FILE, describe_error(error))
+
+
+def last_line(error: BaseException) -> str:
+    """Last non-empty line of an error's text: what is left of a remote traceback that matters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:500] if lines else ""
 
 
 def describe_error(error: GenrecError) -> dict:
@@ -114,4 +153,3 @@ def rebuild_error(record: dict) -> GenrecError:
     kind = getattr(errors, record["type"], GenrecError)
     what = record["what"]
     return kind(what, **{k: record[k] for k in ("where", "got", "expected", "fix")})
-

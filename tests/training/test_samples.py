@@ -1,0 +1,148 @@
+"""Training samples and held-out histories against plain loops over the users."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genrec_dist.catalog.dataset import Sequences
+from genrec_dist.testing.tiny import tiny_sequences
+from genrec_dist.training.samples import holdout_samples, prefix_samples, row_samples
+from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, uniform_negatives
+from genrec_dist.training.worker import Worker
+
+CPU = torch.device("cpu")
+
+
+def by_user(sequences: Sequences) -> list[list[int]]:
+    return [sequences.items[a:b].tolist() for a, b in zip(sequences.indptr[:-1], sequences.indptr[1:])]
+
+
+def train_part(items: list[int]) -> list[int]:
+    return items[:-2] if len(items) >= 3 else items
+
+
+def rows(batch: dict) -> list[tuple[list[int], int]]:
+    return [(h[m].tolist(), int(t)) for h, m, t in zip(batch["history"], batch["mask"], batch["target"])]
+
+
+LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=8)
+
+
+def sequences_of(lengths: list[int]) -> Sequences:
+    total = sum(lengths)
+    items = np.random.default_rng(total).permutation(100)[:total].astype(np.int32)
+    return Sequences(np.concatenate([[0], np.cumsum(lengths)]), items, np.zeros(total, np.int64), 100)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 6))
+def test_prefix_samples_against_loops(lengths, window):
+    sequences = sequences_of(lengths)
+    expected = [
+        (part[max(0, n - window) : n], part[n])
+        for part in map(train_part, by_user(sequences))
+        for n in range(1, len(part))
+    ]
+    samples = prefix_samples(sequences, window, CPU)
+    assert len(samples) == len(expected)
+    assert samples.lengths.tolist() == [len(history) for history, _ in expected]
+    if expected:
+        assert rows(samples.gather(torch.arange(len(expected)), window)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 6), st.sampled_from(["valid", "test"]))
+def test_holdout_samples_against_loops(lengths, window, split):
+    sequences = sequences_of(lengths)
+    cut = -2 if split == "valid" else -1
+    expected = [
+        (user, items[:cut][-window:], items[cut]) for user, items in enumerate(by_user(sequences)) if len(items) >= 3
+    ]
+    samples, users = holdout_samples(sequences, window, split, CPU)
+    assert users.tolist() == [user for user, _, _ in expected]
+    if expected:
+        assert rows(samples.gather(torch.arange(len(expected)), window)) == [(h, t) for _, h, t in expected]
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 6))
+def test_row_samples_predict_every_next_item_once(lengths, width):
+    sequences = sequences_of(lengths)
+    expected = []
+    for part in map(train_part, by_user(sequences)):
+        for start in range(0, len(part) - 1, width):
+            inputs = part[start : start + width][: len(part) - 1 - start]
+            expected.append((inputs, part[start + 1 : start + 1 + len(inputs)]))
+    samples = row_samples(sequences, width, CPU)
+    assert len(samples) == len(expected)
+    if expected:
+        batch = samples.gather(torch.arange(len(expected)))
+        got = [(h[m].tolist(), t[m].tolist()) for h, t, m in zip(batch["history"], batch["targets"], batch["mask"])]
+        assert got == expected
+
+
+def test_the_held_out_items_of_a_user_never_train():
+    sequences = tiny_sequences(50, 40, seed=3)
+    seen = {(u, n) for u, items in enumerate(by_user(sequences)) for n in range(len(train_part(items)))}
+    samples = prefix_samples(sequences, 5, CPU)
+    user = np.searchsorted(sequences.indptr, samples.targets.numpy(), side="right") - 1
+    assert {(int(u), int(t - sequences.indptr[u])) for u, t in zip(user, samples.targets)} <= seen
+    windows = row_samples(sequences, 5, CPU)
+    last = windows.starts + windows.counts
+    user = np.searchsorted(sequences.indptr, windows.starts.numpy(), side="right") - 1
+    assert {(int(u), int(t - sequences.indptr[u])) for u, t in zip(user, last)} <= seen
+
+
+def test_padding_is_masked_and_in_range():
+    samples = prefix_samples(tiny_sequences(20, 15), 4, CPU)
+    batch = samples.gather(torch.arange(len(samples)), 9)
+    assert batch["history"].shape == (len(samples), 9)
+    assert (batch["history"][~batch["mask"]] == 0).all()
+    assert batch["mask"].sum(1).tolist() == samples.lengths.tolist()
+    assert (batch["mask"].int().diff(dim=1) <= 0).all()  # right-padded
+
+
+@pytest.mark.parametrize("buckets", [0, 3])
+def test_workers_share_out_each_global_batch(buckets):
+    sequences = tiny_sequences(30, 20)
+    batches = PrefixBatches.build(sequences, 4, 10, 0, buckets, CPU)
+    for step in range(batches.order.steps_per_epoch):
+        indices = batches.order.batch(step)
+        whole = batches.local(indices, Worker())
+        parts = [batches.local(indices, Worker(rank, 3)) for rank in range(3)]
+        assert sorted(row for part in parts for row in rows(part)) == sorted(rows(whole))
+        assert all(part["count"] * 3 == pytest.approx(len(indices)) for part in parts)
+        assert batches.target_items(indices).tolist() == whole["target"].tolist()
+        assert whole["history"].shape[1] == whole["mask"].sum(1).max()  # no column of padding alone
+
+
+def test_windows_share_out_and_count_targets():
+    batches = RowBatches.build(tiny_sequences(30, 20), 4, 8, 0, CPU)
+    indices = batches.order.batch(1)
+    whole = batches.local(indices, Worker())
+    parts = [batches.local(indices, Worker(rank, 2)) for rank in range(2)]
+    assert whole["count"] == float(whole["mask"].sum())
+    assert [part["count"] for part in parts] == [whole["count"] / 2] * 2
+    assert sum(int(part["mask"].sum()) for part in parts) == whole["count"]
+    assert batches.target_items(indices).tolist() == whole["targets"][whole["mask"]].tolist()
+
+
+def test_alignment_items_are_distinct_and_shared_out():
+    parts = [alignment_batch(np.array([5, 2, 5, 9, 2]), Worker(rank, 2)) for rank in range(2)]
+    assert all(part["align_items"].tolist() == [2, 5, 9] for part in parts)
+    assert [part["align_anchors"].tolist() for part in parts] == [[0, 2], [1]]
+    assert [part["align_count"] for part in parts] == [1.5, 1.5]
+
+
+def test_negatives_are_a_function_of_the_batch():
+    first, second = np.array([3, 1, 4]), np.array([3, 1, 5])
+    draw = lambda seed, indices: uniform_negatives(50, 8, seed, indices, CPU).tolist()  # noqa: E731
+    assert draw(0, first) == draw(0, first.copy())
+    assert draw(0, first) != draw(0, second)
+    assert draw(0, first) != draw(1, first)
+    many = np.bincount(uniform_negatives(10, 20_000, 0, first, CPU).numpy(), minlength=10)
+    assert many.min() > 1800

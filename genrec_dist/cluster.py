@@ -1,6 +1,7 @@
 """Starting and leaving Ray: private on this machine, or by address. Token authentication is always on.
 
-A private Ray listens on loopback only and uses a token made for this process. Ray reads RAY_AUTH_MODE when it is
+Ray's own processes listen on loopback only when Ray is private (PyTorch's rendezvous store of a training picks its
+own interface), and a private Ray uses a token made for this process. Ray reads RAY_AUTH_MODE when it is
 imported, so the package's own `__init__` sets it.
 """
 
@@ -100,6 +101,28 @@ def _object_store_bytes() -> int:
     import psutil
 
     return int(min(2 << 30, psutil.virtual_memory().available // 4))
+
+
+def gpus_per_worker(runtime: RuntimeConfig, ray: Any) -> int:
+    """1 when every worker can have a GPU of its own, else 0.
+
+    Raises:
+        ClusterError: `runtime.device` asks for GPUs that the cluster does not have.
+    """
+    available = ray.cluster_resources().get("GPU", 0)
+    if runtime.device == "cpu":
+        return 0
+    if available >= runtime.num_workers:
+        return 1
+    if runtime.device == "cuda":
+        raise ClusterError(
+            "not enough GPUs in the Ray cluster",
+            where="runtime.device",
+            got=f"{available:.0f} GPUs for {runtime.num_workers} workers",
+            expected="one GPU a worker",
+            fix="lower runtime.num_workers, add nodes, or set runtime.device=auto to allow the CPU",
+        )
+    return 0
 
 
 def leave_ray() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.catalog.dataset import Catalog, Sequences
-from genrec_dist.cluster import ensure_ray, worker_threads
+from genrec_dist.cluster import ensure_ray, gpus_per_worker, worker_threads
 from genrec_dist.config import Config, EvaluationConfig, GeneratorConfig, RuntimeConfig, SasrecConfig
 from genrec_dist.evaluation.bootstrap import bootstrap_intervals
 from genrec_dist.evaluation.dense import batched
@@ -116,7 +116,7 @@ def _collect(context: StageContext, settings: dict, split: str) -> Arrays:
     runtime = context.runtime
     if runtime.backend == "ray":
         ray = ensure_ray(runtime)
-        gpus = 1 if runtime.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= runtime.num_workers else 0
+        gpus = gpus_per_worker(runtime, ray)
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=runtime.max_preemptions)(_share)
         parts = ray.get(
             [

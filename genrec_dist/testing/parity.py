@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -57,5 +59,6 @@ def _copy_attention(own: Attention, reference: nn.MultiheadAttention) -> None:
 def _copy_rest(own: nn.Module, reference: nn.Module, norms: list[nn.LayerNorm]) -> None:
     for number, norm in enumerate(norms, start=1):
         getattr(reference, f"norm{number}").load_state_dict(norm.state_dict())
-    reference.linear1.load_state_dict(own.ffn[0].state_dict())
-    reference.linear2.load_state_dict(own.ffn[3].state_dict())
+    ffn = cast(nn.Sequential, own.ffn)
+    cast(nn.Linear, reference.linear1).load_state_dict(ffn[0].state_dict())
+    cast(nn.Linear, reference.linear2).load_state_dict(ffn[3].state_dict())

@@ -11,7 +11,7 @@ from typing import Any
 
 from genrec_dist import errors
 from genrec_dist.artifacts.files import read_json, write_json
-from genrec_dist.cluster import ensure_ray, worker_threads
+from genrec_dist.cluster import ensure_ray, gpus_per_worker, worker_threads
 from genrec_dist.errors import GenrecError, TrainingError
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.worker import Worker, plain_worker, setup_torch
@@ -46,6 +46,8 @@ def launch(function: WorkerFunction, context: StageContext, settings: dict) -> N
     except Exception as error:
         if context.runtime.backend == "local" and context.runtime.num_workers == 1:
             raise
+        if error_file.exists():
+            raise rebuild_error(read_json(error_file)) from error
         raise TrainingError(
             "training failed on the workers, retries exhausted",
             where=context.title,
@@ -81,10 +83,21 @@ def _launch_processes(function: WorkerFunction, context: StageContext, settings:
 
 
 def _process_entry(function: WorkerFunction, context: StageContext, settings: dict) -> None:
+    worker = plain_worker(context.runtime)
+    setup_torch(worker, worker_threads(context.runtime))
+    _run_reporting(function, worker, context, settings)
+
+
+def _run_reporting(function: WorkerFunction, worker: Worker, context: StageContext, settings: dict) -> None:
+    """Run on one worker of several; a typed error is left in a file for the process that launched."""
+    error_file = context.scratch / ERROR_FILE
+    if error_file.exists():  # started again after a typed error, which would only come again
+        return
     try:
-        _run_here(function, context, settings)
+        function(worker, context, settings)
     except GenrecError as error:
-        write_json(context.scratch / ERROR_FILE, describe_error(error))
+        write_json(error_file, describe_error(error))
+        raise  # a worker that merely returned would leave the others waiting in their next collective
 
 
 def _launch_ray(function: WorkerFunction, context: StageContext, settings: dict) -> None:
@@ -93,7 +106,7 @@ def _launch_ray(function: WorkerFunction, context: StageContext, settings: dict)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = runtime.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= runtime.num_workers
+    use_gpu = bool(gpus_per_worker(runtime, ray))
     threads = worker_threads(runtime)
     trainer = TorchTrainer(
         _ray_entry,
@@ -128,10 +141,7 @@ def _ray_entry(config: dict[str, Any]) -> None:
     context: StageContext = config["context"]
     worker = Worker(ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device())
     setup_torch(worker, config["threads"])
-    try:
-        config["function"](worker, context, config["settings"])
-    except GenrecError as error:
-        write_json(context.scratch / ERROR_FILE, describe_error(error))
+    _run_reporting(config["function"], worker, context, config["settings"])
 
 
 def last_line(error: BaseException) -> str:

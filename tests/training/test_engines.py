@@ -42,13 +42,13 @@ def together(alone, tmp_path_factory):
 
 
 def check(got: dict, expected: dict, last: int = STEPS) -> None:
-    """Same losses and parameters to float32 rounding, same moments."""
+    """Same losses, parameters and moments to float32 rounding (Adam enlarges it where a gradient is tiny)."""
     torch.testing.assert_close(got["losses"], expected["losses"][-last:], atol=1e-6, rtol=1e-6)
     assert got.keys() == expected.keys()
     for name in got:
         if name != "losses":
             a, b = without_key_bias(name, got[name]), without_key_bias(name, expected[name])
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -153,16 +153,13 @@ def test_engine_by_configuration():
     assert built(backend="ray", zero_stage=1).zero_stage == 1
 
 
-def test_precision_by_configuration_and_device():
-    def active(precision, device="cpu"):
-        return not isinstance(autocast(OptimConfig(precision=precision), torch.device(device)), type(nothing))
+def test_precision_by_configuration():
+    def dtype(precision):
+        with autocast(OptimConfig(precision=precision), torch.device("cpu")):
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
-    import contextlib
-
-    nothing = contextlib.nullcontext()
-    assert not active("auto")
-    assert not active("fp32")
-    assert active("bf16")
+    assert dtype("auto") == dtype("fp32") == torch.float32
+    assert dtype("bf16") == torch.bfloat16
 
 
 def test_any_batch_size_goes_with_any_number_of_workers():

@@ -5,6 +5,8 @@ The only parts of the generator it uses are its layers and weights.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,8 @@ class BruteForce:
     """
 
     def __init__(self, model: Generator, codes: np.ndarray, depth: np.ndarray) -> None:
-        self.model, self.codes, self.depth = model, codes, depth
+        self.model: Any = model
+        self.codes, self.depth = codes, depth
         self.numbers = node_numbers(codes, depth)
 
     def path(self, item: int) -> list[tuple[int, ...]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import torch
 
+from genrec_dist.artifacts.files import write_json
 from genrec_dist.errors import DataError
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.worker import Worker
@@ -74,3 +77,18 @@ def raise_data_error(worker: Worker, context: StageContext, settings: dict) -> N
     if worker.rank == settings["rank"]:
         raise DataError("made to fail", where="settings.rank", got=worker.rank, expected="no fault", fix="none")
     worker.barrier()
+
+
+def exit_once(worker: Worker, context: StageContext, settings: dict) -> None:
+    """Worker function whose rank `settings["rank"]` dies the first time; then it writes how many took part.
+
+    `settings["after"]` seconds pass before: Ray does not retry a worker that dies while its group still starts.
+    """
+    marker = context.scratch / "died"
+    if worker.rank == settings["rank"] and not marker.exists():
+        time.sleep(settings.get("after", 0))
+        marker.touch()
+        os._exit(9)
+    total = worker.sum(torch.ones(()))
+    if worker.is_main:
+        write_json(context.out / "total.json", int(total))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from genrec_dist.baselines.sasrec import SasrecTask
 from genrec_dist.config import SasrecConfig
 from genrec_dist.generator.stage import GeneratorTask
@@ -34,7 +37,7 @@ def generator_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTa
     return GeneratorTask(model, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, settings)
 
 
-TASKS = {"sasrec": sasrec_task, "generator": generator_task}
+TASKS: dict[str, Callable[..., Any]] = {"sasrec": sasrec_task, "generator": generator_task}
 
 
 def make(kind: str, task, worker: Worker) -> Engine:

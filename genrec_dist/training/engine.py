@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -131,6 +132,8 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, config: OptimConfig, worker: Worker, zero_stage: int) -> None:
         if worker.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
+        if os.access(sys.prefix, os.W_OK):  # compiled operators belong to this environment, not to the user
+            os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
         import deepspeed
 
         self.config, self.worker, self.zero_stage = config, worker, zero_stage

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from genrec_dist.config import RuntimeConfig
 from genrec_dist.errors import ClusterError
@@ -70,8 +71,17 @@ def plain_worker(runtime: RuntimeConfig) -> Worker:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(runtime.device, int(os.environ.get("LOCAL_RANK", "0")))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join_group("nccl" if device.type == "cuda" else "gloo")
     return Worker(int(os.environ.get("RANK", "0")), world_size, device)
+
+
+def _join_group(backend: str) -> None:
+    """Join torchrun's group; its store outlives a restart, with dead processes' addresses in it: keys get a prefix."""
+    store, rank, world_size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=world_size
+    )
 
 
 def setup_torch(worker: Worker, threads: int) -> None:

@@ -13,11 +13,11 @@ from genrec_dist import errors
 from genrec_dist.artifacts.embeddings import write_embeddings
 from genrec_dist.artifacts.files import read_json, read_jsonl
 from genrec_dist.config import GeneratorConfig, RuntimeConfig
-from genrec_dist.errors import ClusterError, DataError, GenrecError
+from genrec_dist.errors import ClusterError, DataError, GenrecError, TrainingError
 from genrec_dist.evaluation.generative import list_ranks
 from genrec_dist.generator.stage import load_model, train_generator
 from genrec_dist.pipeline import StageContext
-from genrec_dist.testing.faults import raise_data_error
+from genrec_dist.testing.faults import exit_once, raise_data_error
 from genrec_dist.testing.tiny import tiny_embeddings, tiny_generator, tiny_sequences, tiny_trie, write_tiny_catalog
 from genrec_dist.training.launch import describe_error, launch, rebuild_error
 from genrec_dist.training.samples import holdout_samples
@@ -135,6 +135,18 @@ def test_a_typed_error_of_one_process_arrives_typed(tmp_path, max_failures):
     assert (caught.value.where, caught.value.got) == ("settings.rank", "1")
 
 
+def test_a_dead_process_is_started_again(tmp_path):
+    launch(exit_once, make_context(tmp_path, backend="local", num_workers=2, max_failures=1), {"rank": 1})
+    assert read_json(tmp_path / "total.json") == 2
+
+
+def test_a_dead_process_beyond_the_budget_is_a_training_error(tmp_path):
+    context = make_context(tmp_path, backend="local", num_workers=2, max_failures=0)
+    with pytest.raises(TrainingError, match="retries exhausted"):
+        launch(exit_once, context, {"rank": 0})
+    assert not (tmp_path / "total.json").exists()
+
+
 @pytest.mark.slow
 def test_two_ray_workers_train_as_one_process(ray_session, tmp_path, tiny_inputs):
     train_in(tmp_path / "one", tiny_inputs, backend="local")
@@ -150,3 +162,10 @@ def test_a_typed_error_of_one_ray_worker_arrives_typed(ray_session, tmp_path, ma
     with pytest.raises(DataError, match="made to fail") as caught:
         launch(raise_data_error, context, {"rank": 1})
     assert (caught.value.where, caught.value.got) == ("settings.rank", "1")
+
+
+@pytest.mark.slow
+def test_a_dead_ray_worker_is_started_again(ray_session, tmp_path):
+    context = make_context(tmp_path, backend="ray", num_workers=2, max_failures=1)
+    launch(exit_once, context, {"rank": 1, "after": 6})
+    assert read_json(tmp_path / "total.json") == 2

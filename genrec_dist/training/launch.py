@@ -6,12 +6,14 @@ errors raised in a Ray worker come back as they were and are not retried; node l
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from genrec_dist import errors
 from genrec_dist.artifacts.files import read_json, write_json
 from genrec_dist.cluster import ensure_ray, gpus_per_worker, worker_threads
+from genrec_dist.config import RuntimeConfig
 from genrec_dist.errors import GenrecError, TrainingError
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.worker import Worker, plain_worker, setup_torch
@@ -123,10 +125,17 @@ def _launch_ray(function: WorkerFunction, context: StageContext, settings: dict)
         run_config=RunConfig(
             name=context.key,
             storage_path=str(context.scratch / "ray_train"),
-            failure_config=FailureConfig(max_failures=runtime.max_failures),
+            failure_config=_retries(FailureConfig, runtime),
         ),
     )
     trainer.fit()
+
+
+def _retries(kind: Any, runtime: RuntimeConfig) -> Any:
+    """Both retry budgets; a Ray too old to tell preemptions apart counts them as failures."""
+    budgets = {"max_failures": runtime.max_failures, "max_preemption_failures": runtime.max_preemptions}
+    known = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in budgets.items() if name in known})
 
 
 def _resources(use_gpu: bool) -> dict[str, float]:

@@ -149,6 +149,7 @@ def train(task: Task, engine: Engine, config: OptimConfig, worker: Worker, conte
         if epoch_end or due:
             state.curve_lines = curves.lines
             full = engine.state()
+            _refuse_poison(full, state.step)
             if worker.is_main:
                 checkpoints.save(state.step, asdict(state), full, best)
             saved = time.monotonic()
@@ -164,6 +165,23 @@ def train(task: Task, engine: Engine, config: OptimConfig, worker: Worker, conte
         "stopped_early": state.stopped,
         "seconds": round(state.seconds, 2),
     }
+
+
+def _refuse_poison(tensors: State, step: int) -> None:
+    """A finite loss can have non-finite gradients: what they spoilt must not become the newest checkpoint.
+
+    Raises:
+        TrainingError: a parameter or moment is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                "parameters are not finite; no checkpoint was written",
+                where=f"step {step}",
+                got=name,
+                expected="finite values",
+                fix="lower the learning rate, raise warm-up, or set optim.precision=fp32; the last checkpoint is kept",
+            )
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

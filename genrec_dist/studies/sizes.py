@@ -223,13 +223,14 @@ def fusion_size(config: FusionConfig, num_items: int, semantic_dim: int, mean_ta
     candidates = num_items if full else batch + config.num_negatives
     distinct = num_items if full else min(num_items, batch * (history + 2) + config.num_negatives)
     unit = linear(4 * dim, 36) + 1 + linear(36, 1) if config.attention == "mlp" else 0
-    din = history * dim + 2 * dim + 3 * linear(dim, dim) + linear(dim, 1) + 1 + unit
+    projections = 3 if config.attention == "dot" else 2  # state and value; the key serves the bilinear unit only
+    din = history * dim + 2 * dim + projections * linear(dim, dim) + linear(dim, 1) + 1 + unit
     din += linear(dim, 2 * dim) + linear(2 * dim, dim)
     is_din = config.backbone == "din"
     parameters = {
         "item embeddings": num_items * dim,
         "adaption layer": linear(semantic_dim, dim) + linear(dim, 2 * dim),
-        "backbone": din if is_din else _sasrec_backbone(dim, history, config.num_layers),
+        "backbone": din if is_din else _sasrec_backbone(dim, history, config.num_layers) + 2 * dim * config.input_norm,
     }
     adaption = 2.0 * distinct * (semantic_dim * dim + 2 * dim**2) / batch  # the table is made once a batch
     alignment = 2.0 * min(batch, num_items) * dim
@@ -260,7 +261,7 @@ def sasrec_size(config: SasrecConfig, num_items: int, mean_targets: float = 1.0)
     dim, history = config.dim, config.max_history
     parameters = {
         "item embeddings": num_items * dim,
-        "backbone": _sasrec_backbone(dim, history, config.num_layers),
+        "backbone": _sasrec_backbone(dim, history, config.num_layers) + 2 * dim * config.input_norm,
     }
     flops = config.num_layers * encoder_layer_flops(dim, 4, history) + 2.0 * dim * num_items * mean_targets
     values = config.num_layers * _layer_values(dim, 4, config.num_heads, history, history)

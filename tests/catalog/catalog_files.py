@@ -25,6 +25,11 @@ def ledger_rows(folder: Path) -> list[tuple]:
 
 
 def sequences_by_id(catalog: Catalog) -> dict[str, list[str]]:
-    """Item ids of each user, in order."""
-    rows = pq.read_table(catalog.folder / "sequences.parquet").to_pylist()
-    return {row["user_id"]: [catalog.item_ids[item] for item in row["items"]] for row in rows}
+    """Item ids of each user, in the catalog's order."""
+    users = pq.read_table(catalog.folder / "sequences.parquet", columns=["user_id"])["user_id"].to_pylist()
+    sequences = catalog.sequences
+    parts = zip(sequences.indptr[:-1], sequences.indptr[1:])
+    return {
+        user: [catalog.item_ids[item] for item in sequences.items[start:end]]
+        for user, (start, end) in zip(users, parts)
+    }

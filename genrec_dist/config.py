@@ -78,18 +78,26 @@ class CatalogConfig(Section):
 class SemanticConfig(Section):
     """Item text -> embeddings."""
 
-    engine: Literal["sentence_transformers", "transformers"] = "sentence_transformers"
+    engine: Literal["sentence_transformers", "transformers", "vllm", "precomputed"] = Field(
+        "sentence_transformers", description="precomputed: `model` names a .npy, .parquet or .safetensors file"
+    )
     model: str = Field(
         "minilm",
-        description="'minilm' (packaged all-MiniLM-L6-v2), a local folder or a hub id",
+        description="llama2-7b, sentence-t5, bert or minilm, a local folder or a hub id",
     )
+    revision: str | None = Field(None, description="commit, branch or tag of a hub id; default: that of the name")
+    pooling: Literal["auto", "mean", "last", "cls"] = Field(
+        "auto", description="of the last hidden states; auto: what the model's name or its own modules say, else mean"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the model")
+    store_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the stored vectors")
     template: str = Field(
         "title: {title}; brand: {brand}; categories: {categories}; description: {description}",
         description="fields separated by '; ', a segment whose field is missing is left out",
     )
     max_tokens: int = Field(128, ge=4)
     normalize: bool = True
-    rows_per_shard: int = Field(1024, ge=1)
+    rows_per_shard: int = Field(0, ge=0, description="unit of writing and resuming; 0: from width and store_dtype")
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
 
 
@@ -258,13 +266,23 @@ class ReportConfig(Section):
     )
 
 
+class VllmConfig(Section):
+    """How vLLM engines run."""
+
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one engine, on one node")
+    gpu_memory_fraction: float = Field(0.9, gt=0, le=1)
+    max_batched_tokens: int = Field(0, ge=0, description="tokens of a step; 0: 16384 on a GPU, 4096 on a CPU")
+    enforce_eager: bool = Field(True, description="False compiles the model and captures CUDA graphs at the start")
+    kv_cache_mib: int = Field(0, ge=0, description="key-value cache on a CPU; 0: two full steps")
+
+
 class RuntimeConfig(Section):
     """Where and how fast; never part of a content hash."""
 
     backend: Literal["ray", "local"] = Field("ray", description="local: one plain process, no Ray")
     ray_address: str | None = Field(None, description="None starts a private Ray on this machine")
     num_workers: int = Field(1, ge=1, description="training and evaluation workers")
-    num_embed_workers: int = Field(1, ge=1)
+    num_embed_workers: int = Field(1, ge=1, description="engines, each on its own cores or GPUs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = Field(0, ge=0, description="CPU threads a worker; 0: cores over workers")
     engine: Literal["auto", "torch", "deepspeed"] = Field(
@@ -273,7 +291,15 @@ class RuntimeConfig(Section):
     zero_stage: Literal[0, 1, 2] = 0
     checkpoint_minutes: float = Field(1.0, ge=0, description="minutes between checkpoints; 0: every epoch only")
     keep_checkpoints: int = Field(2, ge=1)
-    embed_batch_size: int = Field(32, ge=1)
+    embed_executor: Literal["actors", "ray_data_llm"] = Field(
+        "actors", description="actors: an engine in each Ray Data actor; ray_data_llm: Ray's own vLLM processor"
+    )
+    embed_batch_size: int = Field(0, ge=0, description="most texts of a forward pass; 0: the engine's choice")
+    embed_batch_tokens: int = Field(0, ge=0, description="most padded tokens of a forward pass; 0: likewise")
+    reuse_embeddings: bool = Field(
+        True, description="take the vectors of texts that an earlier artifact of the same model and settings holds"
+    )
+    vllm: VllmConfig = VllmConfig()
     eval_batch_size: int = Field(256, ge=1)
     max_failures: int = Field(1, ge=0, description="retries after real failures")
     max_preemptions: int = Field(10, ge=0, description="retries after node loss")
@@ -284,7 +310,7 @@ class Config(Section):
     """One run."""
 
     name: str = "run"
-    method: Literal["prorec", "sasrec", "popularity"] = "prorec"
+    method: Literal["prorec", "sasrec", "popularity", "embed"] = "prorec"
     seed: int = Field(0, ge=0)
     catalog: CatalogConfig = CatalogConfig(source="synthetic")
     semantic: SemanticConfig = SemanticConfig()

@@ -44,20 +44,33 @@ def reference(config: Config, catalog: Stage, name: str, main: bool = False) -> 
     return [trained, evaluation_stage(config, name, {"catalog": catalog, "sasrec": trained}, label)]
 
 
-METHODS = {"prorec": prorec, "sasrec": sasrec, "popularity": popularity}
+def embed(config: Config, catalog: Stage) -> list[Stage]:
+    """Item embeddings and nothing else: what a full catalog's text costs is paid once, before any training."""
+    return [semantic_stage(config, catalog)]
+
+
+METHODS = {"prorec": prorec, "sasrec": sasrec, "popularity": popularity, "embed": embed}
+WITHOUT_EVALUATION = {"embed"}
 
 
 def build_stages(config: Config) -> list[Stage]:
     """All stages of a run, references included, inputs first."""
     catalog = catalog_stage(config)
     stages = [catalog, *METHODS[config.method](config, catalog)]
-    for name in config.references:
+    for name in references(config):
         stages += reference(config, catalog, name)
     return stages
 
 
+def references(config: Config) -> list[str]:
+    """References of a run; none beside a method that recommends nothing."""
+    return [] if config.method in WITHOUT_EVALUATION else list(config.references)
+
+
 def collect_metrics(config: Config, run: RunFolder) -> dict:
     """Metrics of the main model and of every reference, from the run's evaluation artifacts."""
+    if config.method in WITHOUT_EVALUATION:
+        return {"method": config.method, "embeddings": read_json(run.artifact("semantic") / "report.json")}
     return {
         "method": config.method,
         "main": read_json(run.artifact("evaluation") / "metrics.json"),

@@ -72,6 +72,14 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print stages, sizes, costs and batches; start nothing.")
     ] = False,
+    probe: Annotated[
+        bool | None,
+        typer.Option(
+            "--probe/--no-probe",
+            help="In a dry run, time a few layers of the text encoder here. Default: with method embed.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         Resume,
         typer.Option(
@@ -95,7 +103,7 @@ def run(
     if dry_run:
         from launcher.dryrun import show_plan
 
-        show_plan(resolved, stages, store, out())
+        show_plan(resolved, stages, store, out(), probe)
         return
     from launcher.results import finish_run, show_result
 
@@ -124,7 +132,7 @@ def status(run: RunName, json: AsJson = False, runs: RunsPath = RUNS) -> None:
         print_json(found)
         return
     show(found, out())
-    if found["metrics"]:
+    if (found["metrics"] or {}).get("main"):
         out().print(metrics_table(result_rows(found["metrics"])))
 
 

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from genrec_dist.config import Config
 from genrec_dist.pipeline import Stage, closure
+from genrec_dist.semantic.encoders import model_shape
+from genrec_dist.semantic.price import Price, price_embedding
 from genrec_dist.studies.sizes import (
     Batches,
     CodebookSize,
@@ -31,8 +33,10 @@ from genrec_dist.studies.sizes import (
 )
 from launcher.run import has_unfinished, is_finished, trained_sections
 
-MINILM_DIM = 384
 DEFAULT_DIM = 768
+LARGE_MODEL = 1_000_000_000
+H100_TFLOPS = 400
+"""What one H100 was measured to do in this stage, rounded down (docs/results, Llama2-7b in bfloat16)."""
 
 
 @dataclass
@@ -54,24 +58,31 @@ class Plan:
     codebook: CodebookSize | None
     loops: list[Loop]
     notes: list[str]
+    embedding: Price | None = None
 
 
-def make_plan(config: Config, stages: list[Stage], store: Path) -> Plan:
+def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | None = None) -> Plan:
     """Work out a run without starting anything.
 
     Args:
         config: resolved configuration.
         stages: the method's stages.
         store: artifact store, need not exist.
+        probe: time layers of the text encoder on this machine; None: where embeddings are all that the run makes.
     """
     ordered = closure(stages)
     finished = {s.name: store / s.name / s.key for s in ordered if is_finished(s, store)}
     rows = [(s.title, _action(s, store), s.key) for s in ordered]
     notes: list[str] = []
     counts = catalog_counts(config, finished.get("catalog"))
+    embedding = None
+    if any(stage.name == "semantic" and not is_finished(stage, store) for stage in ordered):
+        probe = config.method == "embed" if probe is None else probe
+        embedding = price_embedding(config, counts.num_items if counts else None, finished.get("catalog"), probe)
+        notes += embedding.notes if embedding else ["embeddings: nothing can be said before the catalog or the model is here"]
     if counts is None:
         notes.append("counts, parameters and costs are known after the catalog stage: raw reviews are not counted here")
-        return Plan(rows, None, None, [], notes)
+        return Plan(rows, None, None, [], notes, embedding)
     if counts.note != "exact":
         notes.append(f"counts: {counts.note}; what follows from them is an estimate too")
     codebook = None
@@ -92,7 +103,7 @@ def make_plan(config: Config, stages: list[Stage], store: Path) -> Plan:
             rows_of = max(counts.num_windows(config.sasrec.max_history), 1)
             mean = counts.num_prefixes / rows_of
             sizes[section] = (sasrec_size(config.sasrec, counts.num_items, mean), rows_of)
-    return Plan(rows, counts, codebook, [_loop(config, n, *s) for n, s in sizes.items()], notes)
+    return Plan(rows, counts, codebook, [_loop(config, n, *s) for n, s in sizes.items()], notes, embedding)
 
 
 def concatenated(config: Config) -> bool:
@@ -165,10 +176,8 @@ def semantic_dim(config: Config, artifact: Path | None) -> int | None:
     """Width of the semantic embeddings, None when only the stage can tell."""
     if artifact is not None:
         return int(json.loads((artifact / "embeddings.zarr" / "zarr.json").read_text())["shape"][1])
-    if config.semantic.model == "minilm":
-        return MINILM_DIM
-    settings = Path(config.semantic.model).expanduser() / "config.json"
-    return json.loads(settings.read_text()).get("hidden_size") if settings.is_file() else None
+    shape = model_shape(config.semantic)
+    return shape.out_dim if shape is not None else None
 
 
 def codebook_size(config: Config, counts: Counts, artifact: Path | None) -> CodebookSize:
@@ -182,9 +191,11 @@ def codebook_size(config: Config, counts: Counts, artifact: Path | None) -> Code
     return CodebookSize(trie.num_nodes, trie.max_depth, int(trie.code.max()) + 1, widths)
 
 
-def show_plan(config: Config, stages: list[Stage], store: Path, console: Console) -> None:
+def show_plan(
+    config: Config, stages: list[Stage], store: Path, console: Console, probe: bool | None = None
+) -> None:
     """Print the plan of a run."""
-    plan = make_plan(config, stages, store)
+    plan = make_plan(config, stages, store, probe)
     console.print(f"[bold]{escape(config.name)}[/]: dry run, nothing is started; store {escape(str(store))}")
     _print_stages(plan, console)
     if plan.counts is not None:
@@ -199,6 +210,8 @@ def show_plan(config: Config, stages: list[Stage], store: Path, console: Console
         console.print(
             f"[bold]Codebook[/]  depth {book.max_depth}, {book.num_codes} codes a level, {book.num_nodes:,} nodes"
         )
+    if plan.embedding is not None:
+        _print_embedding(plan.embedding, config, console)
     for loop in plan.loops:
         _print_loop(loop, config, console)
     for note in plan.notes:
@@ -212,6 +225,36 @@ def _print_stages(plan: Plan, console: Console) -> None:
     for title, action, key in plan.stages:
         table.add_row(escape(title), action, key)
     console.print(table)
+
+
+def _print_embedding(price: Price, config: Config, console: Console) -> None:
+    settings, workers = config.semantic, config.runtime.num_embed_workers
+    lines = [
+        f"{price.num_items:,} items, {price.mean_tokens:.1f} tokens an item, {price.num_tokens:,.0f} in all; "
+        f"{price.cut_fraction:.1%} cut at {settings.max_tokens}",
+        f"FLOPs: {scaled(price.flops / price.num_tokens, 'FLOP')} a token, {scaled(price.flops, 'FLOP')} in all",
+        f"disk: {bytes_text(price.bytes_on_disk)} in {-(-price.num_items // price.rows_per_shard):,} shards of "
+        f"{price.rows_per_shard:,} rows",
+    ]
+    if price.tokens_per_second is not None:
+        assert price.hours is not None
+        unit = "hours" if price.device.startswith("CPU") else "GPU-hours"
+        lines.append(
+            f"probe: {amount(price.tokens_per_second)} tokens/s on this machine ({price.device}): {amount(price.hours)} "
+            f"{unit} of one engine, {amount(price.hours / workers)} hours with runtime.num_embed_workers {workers}"
+        )
+    measured_on_gpu = price.tokens_per_second is not None and not price.device.startswith("CPU")
+    if not measured_on_gpu and price.shape.num_parameters > LARGE_MODEL:
+        hours = price.flops / (H100_TFLOPS * 1e12) / 3600
+        lines.append(f"one H100 at {H100_TFLOPS} TFLOP/s, as measured with Llama2-7b: {amount(hours)} GPU-hours")
+    console.print(f"\n[bold]semantic[/]: {escape(settings.model)} on {settings.engine}, {settings.dtype}")
+    for line in lines:
+        console.print(f"  {escape(line)}", soft_wrap=True)
+
+
+def amount(value: float) -> str:
+    """Three digits: '0.0123', '4.56', '1,230'."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _print_loop(loop: Loop, config: Config, console: Console) -> None:

@@ -13,6 +13,7 @@ from genrec_dist.artifacts.files import read_json, write_json
 from genrec_dist.config import Config
 from genrec_dist.errors import ConfigError
 from genrec_dist.runs import RunFolder
+from genrec_dist.studies.embedding_facts import embedding_facts
 from launcher.console import metrics_table
 from launcher.streams import captured
 
@@ -61,11 +62,24 @@ def find_metrics(value: Any) -> dict[str, float]:
 
 def show_result(run: RunFolder, console: Console) -> None:
     """Short result table, and where the rest is. A synthetic catalog knows its best possible recommender."""
-    rows = result_rows(read_json(run.path / "metrics.json"))
+    metrics = read_json(run.path / "metrics.json")
+    if "embeddings" in metrics:
+        _show_embeddings(metrics["embeddings"], run, console)
+        return
+    rows = result_rows(metrics)
     oracle = run.artifact("catalog") / "oracle.json"
     if oracle.exists():
         rows["oracle"] = find_metrics(read_json(oracle))
     console.print(metrics_table(rows, title="Test users, full ranking"))
+    console.print(f"report: {escape(str(run.path / 'report.html'))}", soft_wrap=True)
+
+
+def _show_embeddings(found: dict, run: RunFolder, console: Console) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in embedding_facts(found):
+        table.add_row("  " + name, escape(value))
+    console.print(table)
+    console.print(f"embeddings: {escape(str(run.artifact('semantic')))}", soft_wrap=True)
     console.print(f"report: {escape(str(run.path / 'report.html'))}", soft_wrap=True)
 
 

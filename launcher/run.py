@@ -62,8 +62,10 @@ def check_batches(config: Config) -> None:
 
 def trained_sections(config: Config) -> list[str]:
     """Configuration sections with a gradient loop that the method or a reference uses."""
+    from genrec_dist.methods import references
+
     sections = ["fusion", "generator"] if config.method == "prorec" else []
-    if config.method == "sasrec" or any(name.startswith("sasrec") for name in config.references):
+    if config.method == "sasrec" or any(name.startswith("sasrec") for name in references(config)):
         sections.append("sasrec")
     return sections
 

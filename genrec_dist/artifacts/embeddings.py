@@ -1,22 +1,50 @@
 """Embedding arrays in Zarr v3: one sharded (num_items, dim) array, one writer a shard, fill value NaN.
 
 Completion of shards is recorded outside Zarr (`shards/<n>.json` beside the array), because a missing chunk
-reads back as the fill value without a word. Row = item index. Reading refuses unfinished arrays. Several
-processes may write different shards of one array at once; two must never share a shard.
+reads back as the fill value without a word. Row = item index. Several processes may write different shards of
+one array at once; two must never share a shard. Reading is in reader.py.
+
+Values are stored uncompressed: float embeddings hardly compress, and a raw shard can be mapped into memory.
+Zarr has no bfloat16, so bfloat16 is stored as its bits (uint16) with the attribute `dtype`.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import zarr
 from zarr.errors import ContainsArrayError
 
 from genrec_dist.artifacts.files import read_json, write_json
-from genrec_dist.errors import ArtifactError, DataError
+from genrec_dist.errors import ArtifactError, ClusterError, DataError
 
 ARRAY = "embeddings.zarr"
+Dtype = Literal["float32", "float16", "bfloat16"]
+SHARD_BYTES = 16 << 20
+MAX_SHARD_ROWS = 2048
+CHUNK_BYTES = 1 << 20
+BFLOAT16_NAN = 0x7FC0
+
+
+def bytes_per_value(dtype: Dtype) -> int:
+    """4 or 2."""
+    return 4 if dtype == "float32" else 2
+
+
+def choose_rows_per_shard(dim: int, dtype: Dtype) -> int:
+    """Rows of a shard: a power of two that fits 16 MiB, at most 2048.
+
+    A shard is what a lost worker costs, so it must not take minutes to compute; and a file, so it must not be
+    tiny. 4096 bfloat16 columns (Llama2-7b) give 2048 rows, the same in float32 1024.
+    """
+    fitting = max(1, SHARD_BYTES // (dim * bytes_per_value(dtype)))
+    return min(MAX_SHARD_ROWS, 1 << (fitting.bit_length() - 1))
 
 
 def num_shards(num_items: int, rows_per_shard: int) -> int:
@@ -37,12 +65,76 @@ def record_path(folder: Path, shard: int) -> Path:
 
 def pending_shards(folder: Path, num_items: int, rows_per_shard: int) -> list[int]:
     """Shards without a completion record."""
-    return [s for s in range(num_shards(num_items, rows_per_shard)) if not record_path(folder, s).exists()]
+    try:
+        recorded = {entry.name for entry in os.scandir(folder / "shards")}
+    except FileNotFoundError:
+        recorded = set()
+    return [s for s in range(num_shards(num_items, rows_per_shard)) if record_path(folder, s).name not in recorded]
 
 
-def read_records(folder: Path) -> list[dict]:
-    """Completion records in shard order."""
-    return [read_json(file) for file in sorted((folder / "shards").glob("*.json"))]
+def iterate_records(folder: Path) -> Iterator[dict]:
+    """Completion records in shard order, one in memory at a time."""
+    for file in sorted((folder / "shards").glob("*.json")):
+        yield read_json(file)
+
+
+def failed_items(folder: Path) -> np.ndarray:
+    """Indices of the items that have no embedding, ascending.
+
+    Shapes:
+        returns: (number of failed rows,) int64.
+    """
+    return np.array(sorted(row["row"] for record in iterate_records(folder) for row in record["failed"]), np.int64)
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 -> bits of bfloat16, rounded to nearest even; every NaN becomes one NaN.
+
+    Shapes:
+        values: any shape, float32. returns: the same shape, uint16.
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded[np.isnan(values)] = BFLOAT16_NAN
+    return rounded
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """Bits of bfloat16 (uint16) -> float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def stored_dtype(array: zarr.Array) -> Dtype:
+    """What the values of an array are.
+
+    Raises:
+        ArtifactError: the array does not hold floats.
+    """
+    found = array.attrs.get("dtype", str(array.dtype))
+    if found not in ("float32", "float16", "bfloat16"):
+        raise ArtifactError("not an embedding array", where=array.store_path, got=f"dtype {found}", expected="float")
+    return found  # type: ignore[return-value]
+
+
+@contextmanager
+def space_checked(where: Path) -> Iterator[None]:
+    """Turn 'disk full' into an error that says what to do.
+
+    Raises:
+        ClusterError: no space, or no quota, is left.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ClusterError(
+            "disk is full",
+            where=where,
+            got=os.strerror(error.errno),
+            expected="room for the shard that is being written",
+            fix="free space and run the same command again: finished shards are kept",
+        ) from error
 
 
 class EmbeddingWriter:
@@ -52,40 +144,47 @@ class EmbeddingWriter:
         folder: artifact work folder; the array is `folder/embeddings.zarr`.
         num_items: rows.
         dim: columns.
-        rows_per_shard: rows of a shard, the unit of writing and resuming.
-        dtype: 'float32' or 'float16'.
+        rows_per_shard: rows of a shard, the unit of writing and resuming; 0 chooses by `choose_rows_per_shard`.
+        dtype: 'float32', 'float16' or 'bfloat16'.
 
     Raises:
-        ArtifactError: there is an array of another shape.
+        ArtifactError: there is an array of another shape or dtype.
+        ClusterError: the disk is full.
     """
 
     def __init__(
-        self, folder: Path, num_items: int, dim: int, rows_per_shard: int = 4096, dtype: str = "float32"
+        self, folder: Path, num_items: int, dim: int, rows_per_shard: int = 0, dtype: Dtype = "float32"
     ) -> None:
+        rows_per_shard = rows_per_shard or choose_rows_per_shard(dim, dtype)
         self.folder, self.num_items, self.dim, self.rows_per_shard = folder, num_items, dim, rows_per_shard
+        self.dtype: Dtype = dtype
         path = folder / ARRAY
-        chunk = min(rows_per_shard, 1024)
-        while rows_per_shard % chunk:
-            chunk -= 1
+        bits = dtype == "bfloat16"
+        settings = {"write_empty_chunks": True}  # else every chunk is compared with the fill value first: 3x slower
         try:
-            self.array = zarr.create_array(
-                store=str(path),
-                shape=(num_items, dim),
-                dtype=dtype,
-                chunks=(chunk, dim),
-                shards=(rows_per_shard, dim),
-                fill_value=float("nan"),
-                zarr_format=3,
-            )
+            with space_checked(path):
+                self.array = zarr.create_array(
+                    store=str(path),
+                    shape=(num_items, dim),
+                    dtype="uint16" if bits else dtype,
+                    chunks=(_chunk_rows(rows_per_shard, dim * bytes_per_value(dtype)), dim),
+                    shards=(rows_per_shard, dim),
+                    fill_value=BFLOAT16_NAN if bits else float("nan"),
+                    compressors=None,
+                    attributes={"dtype": dtype},
+                    zarr_format=3,
+                    config=settings,
+                )
         except ContainsArrayError:  # a killed build, or another worker, made it
-            self.array = zarr.open_array(store=str(path), mode="r+")
-        found = (self.array.shape, self.array.shards)
-        if found != ((num_items, dim), (rows_per_shard, dim)):
+            self.array = zarr.open_array(store=str(path), mode="r+").with_config(settings)
+        found = (self.array.shape, self.array.shards, stored_dtype(self.array))
+        wanted = ((num_items, dim), (rows_per_shard, dim), dtype)
+        if found != wanted:
             raise ArtifactError(
                 "unfinished embedding array has another shape",
                 where=path,
-                got="shape {}, shards {}".format(*found),
-                expected=f"shape {(num_items, dim)}, shards {(rows_per_shard, dim)}",
+                got="shape {}, shards {}, {}".format(*found),
+                expected="shape {}, shards {}, {}".format(*wanted),
                 fix="remove the .building folder",
             )
 
@@ -102,7 +201,7 @@ class EmbeddingWriter:
         return pending_shards(self.folder, self.num_items, self.rows_per_shard)
 
     def write(self, shard: int, values: np.ndarray, failed: list[dict] | None = None, info: dict | None = None) -> None:
-        """Write one whole shard, then its completion record.
+        """Write one whole shard, make it durable, then write its completion record.
 
         Args:
             shard: shard number.
@@ -111,10 +210,11 @@ class EmbeddingWriter:
             info: whatever else the record should keep, JSON-ready.
 
         Shapes:
-            values: (rows of the shard, dim) float.
+            values: (rows of the shard, dim) float32.
 
         Raises:
             DataError: wrong shape, or a non-finite row that `failed` does not name.
+            ClusterError: the disk is full; nothing is recorded then.
         """
         start, end = self.rows(shard)
         if values.shape != (end - start, self.dim):
@@ -124,8 +224,8 @@ class EmbeddingWriter:
                 got=values.shape,
                 expected=(end - start, self.dim),
             )
-        values = values.astype(self.array.dtype, copy=False)  # first: a float16 overflow is not finite either
-        bad = set((start + np.flatnonzero(~np.isfinite(values).all(axis=1))).tolist())
+        stored, finite = self._encode(values)
+        bad = set((start + np.flatnonzero(~finite)).tolist())
         named = {row["row"] for row in failed or []}
         if bad != named:
             raise DataError(
@@ -134,58 +234,58 @@ class EmbeddingWriter:
                 got=sorted(bad ^ named)[:10],
                 expected="every non-finite row in the ledger, and no other",
             )
-        self.array[start:end] = values
         record = {"shard": shard, "rows": [start, end], "failed": failed or [], "info": info or {}}
-        write_json(record_path(self.folder, shard), record)
+        with space_checked(self.folder / ARRAY):
+            self.array[start:end] = stored
+            _sync(shard_file(self.folder, shard))
+            write_json(record_path(self.folder, shard), record)
+
+    def overflows(self, values: np.ndarray) -> np.ndarray:
+        """Rows that are finite as they are but not in the stored dtype (float16 ends at 65,504).
+
+        Shapes:
+            values: (n, dim) float32. returns: (n,) bool.
+        """
+        return np.isfinite(values).all(axis=1) & ~self._encode(values)[1]
+
+    def _encode(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values as they are stored, and which rows are finite in that form."""
+        if self.dtype == "bfloat16":
+            bits = to_bfloat16(values)
+            return bits, ((bits & 0x7F80) != 0x7F80).all(axis=1)
+        with np.errstate(over="ignore"):
+            stored = values.astype(self.dtype, copy=False)
+        return stored, np.isfinite(stored).all(axis=1)
 
 
-def write_embeddings(folder: Path, values: np.ndarray, rows_per_shard: int = 4096) -> None:
+def _chunk_rows(rows_per_shard: int, row_bytes: int) -> int:
+    """Rows of an inner chunk, what another Zarr reader reads at once: about 1 MiB, a divisor of the shard."""
+    rows = min(rows_per_shard, max(1, CHUNK_BYTES // row_bytes))
+    while rows_per_shard % rows:
+        rows -= 1
+    return rows
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    """File that holds one shard of the array."""
+    return folder / ARRAY / "c" / str(shard) / "0"
+
+
+def _sync(file: Path) -> None:
+    """Make a file durable before anything says that it is there."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_embeddings(
+    folder: Path, values: np.ndarray, rows_per_shard: int = 0, dtype: Dtype = "float32"
+) -> None:
     """Write a whole in-memory table, (num_items, dim) float32, every row finite."""
     num_items, dim = values.shape
-    writer = EmbeddingWriter(folder, num_items, dim, rows_per_shard)
+    writer = EmbeddingWriter(folder, num_items, dim, rows_per_shard, dtype)
     for shard in range(writer.num_shards):
         start, end = writer.rows(shard)
         writer.write(shard, values[start:end])
-
-
-def failed_items(folder: Path) -> np.ndarray:
-    """Indices of the items that have no embedding, ascending.
-
-    Shapes:
-        returns: (number of failed rows,) int64.
-    """
-    return np.array(sorted(row["row"] for record in read_records(folder) for row in record["failed"]), dtype=np.int64)
-
-
-def read_embeddings(folder: Path) -> np.ndarray:
-    """All embeddings of a finished artifact, (num_items, dim) float32.
-
-    Failed rows come back as zeros, so that no NaN spreads; `failed_items` names them.
-
-    Raises:
-        ArtifactError: shards are missing, or rows are non-finite that are not recorded as failed.
-    """
-    array = zarr.open_array(store=str(folder / ARRAY), mode="r")
-    rows_per_shard = (array.shards or array.chunks)[0]
-    missing = pending_shards(folder, array.shape[0], rows_per_shard)
-    if missing:
-        raise ArtifactError(
-            "embedding array is unfinished",
-            where=folder,
-            got=f"{len(missing)} shards without a completion record, first {missing[0]}",
-            expected=f"records of all {num_shards(array.shape[0], rows_per_shard)} shards",
-            fix="run the stage that builds it",
-        )
-    values = np.asarray(array[:], dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    failed = failed_items(folder)
-    if not np.array_equal(bad, failed):
-        raise ArtifactError(
-            "non-finite embedding rows differ from the recorded failures",
-            where=folder,
-            got=f"{len(bad)} non-finite rows",
-            expected=f"{len(failed)} recorded failures",
-            fix="rebuild the artifact",
-        )
-    values[bad] = 0.0
-    return values

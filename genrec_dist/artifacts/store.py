@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +32,44 @@ def content_key(name: str, version: int, settings: dict, inputs: dict[str, str])
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def _checksums(files: list[Path]) -> list[str]:
+    """SHA-256 of files, several at a time: hashing and reading leave the interpreter free."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(sha256_file, files))
+
+
+def write_manifest(folder: Path, description: dict) -> None:
+    """Write the manifest of everything in a folder: with it the folder is a finished artifact."""
+    files = _files(folder)
+    entries = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": checksum}
+        for file, checksum in zip(files, _checksums(files))
+    }
+    write_json(folder / MANIFEST, {**description, "files": entries})
+
+
+def problems_of(folder: Path) -> list[str]:
+    """Problems of an artifact folder, empty when every file has the size and SHA-256 of its manifest."""
+    try:
+        recorded = read_json(folder / MANIFEST)["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST}: {type(error).__name__}: {error}"]
+    problems, whole = [], []
+    for name, entry in recorded.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name}: missing")
+        elif file.stat().st_size != entry["bytes"]:
+            problems.append(f"{name}: {file.stat().st_size} bytes, recorded {entry['bytes']}")
+        else:
+            whole.append(name)
+    for name, checksum in zip(whole, _checksums([folder / name for name in whole])):
+        if checksum != recorded[name]["sha256"]:
+            problems.append(f"{name}: SHA-256 differs from the recorded one")
+    extra = {str(p.relative_to(folder)) for p in _files(folder)} - set(recorded)
+    return problems + [f"{name}: not in the manifest" for name in sorted(extra)]
 
 
 class ArtifactStore:
@@ -55,22 +94,7 @@ class ArtifactStore:
 
     def verify(self, stage: str, key: str) -> list[str]:
         """Problems of a finished artifact, empty when every file has the recorded size and SHA-256."""
-        folder = self.path(stage, key)
-        try:
-            recorded = read_json(folder / MANIFEST)["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return [f"{MANIFEST}: {type(error).__name__}: {error}"]
-        problems = []
-        for name, entry in recorded.items():
-            file = folder / name
-            if not file.is_file():
-                problems.append(f"{name}: missing")
-            elif file.stat().st_size != entry["bytes"]:
-                problems.append(f"{name}: {file.stat().st_size} bytes, recorded {entry['bytes']}")
-            elif sha256_file(file) != entry["sha256"]:
-                problems.append(f"{name}: SHA-256 differs from the recorded one")
-        extra = {str(p.relative_to(folder)) for p in _files(folder)} - set(recorded)
-        return problems + [f"{name}: not in the manifest" for name in sorted(extra)]
+        return problems_of(self.path(stage, key))
 
     def open(self, stage: str, key: str) -> Path:
         """Folder of a finished, verified artifact (bytes are checked once a process).
@@ -128,10 +152,7 @@ class ArtifactStore:
         for pattern in (".*.tmp", "*.partial"):  # our atomic writes and Zarr's, killed before their rename
             for leftover in folder.rglob(pattern):
                 leftover.unlink()
-        files = {
-            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in _files(folder)
-        }
-        write_json(folder / MANIFEST, {"stage": stage, "key": key, **description, "files": files})
+        write_manifest(folder, {"stage": stage, "key": key, **description})
         if final.exists():  # a folder that lost its manifest
             self.quarantine(stage, key)
         os.replace(folder, final)

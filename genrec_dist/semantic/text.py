@@ -1,4 +1,4 @@
-"""Item text: a template filled from an item's metadata, missing fields left out.
+"""Item text: a template filled from an item's metadata, missing fields left out, bad bytes and characters mended.
 
 A template is a row of segments separated by '; ', each with at most a few placeholders:
 `title: {title}; brand: {brand}`. A segment with a placeholder whose field is missing is left out whole.
@@ -11,6 +11,9 @@ import difflib
 from collections.abc import Sequence
 from functools import lru_cache
 from string import Formatter
+from typing import Any
+
+import pyarrow as pa
 
 from genrec_dist.errors import ConfigError
 
@@ -18,6 +21,7 @@ FIELDS = ("title", "brand", "categories", "description")
 SEPARATOR = "; "
 UNKNOWN_TEXT = "unknown item"
 """What is embedded for an item without any text: an empty text has no meaning to an encoder."""
+CONTROL = {code: " " for code in (*range(32), *range(127, 160))}
 
 Segment = tuple[tuple[str, str | None], ...]
 
@@ -64,7 +68,7 @@ def item_text(
     template: str,
     title: str | None,
     brand: str | None,
-    categories: Sequence[str] | None,
+    categories: Sequence[str | None] | None,
     description: str | None,
 ) -> str:
     """Fill the template; the empty string when every field it names is missing.
@@ -96,4 +100,48 @@ def item_text(
 
 
 def _clean(value: str | None) -> str:
-    return " ".join(value.split()) if value else ""
+    """One line: control characters and runs of white space become one space."""
+    return " ".join(value.translate(CONTROL).split()) if value else ""
+
+
+def item_texts(items: pa.Table, template: str) -> tuple[list[str], list[tuple[int, str, str]]]:
+    """Text of every item of a table, and what had to be mended.
+
+    Args:
+        items: the columns of `FIELDS`; strings need not be valid UTF-8, as Parquet does not check them.
+        template: see the module's docstring.
+
+    Returns:
+        Texts, never empty, and (row, reason, detail) of items whose text is not what the metadata say:
+        'empty_text' and 'invalid_utf8'.
+    """
+    columns = [_decoded(items[name]) for name in FIELDS]
+    texts, notes = [], []
+    for row, fields in enumerate(zip(*columns)):
+        values, broken = zip(*fields)
+        text = item_text(template, *values)
+        if any(broken):
+            notes.append((row, "invalid_utf8", "embedded with the replacement character"))
+        if not text:
+            notes.append((row, "empty_text", f"embedded as {UNKNOWN_TEXT!r}"))
+        texts.append(text or UNKNOWN_TEXT)
+    return texts, notes
+
+
+def _decoded(column: pa.ChunkedArray) -> list[tuple[Any, bool]]:
+    """Values of a column of strings, or of lists of strings, each with True where bytes had to be replaced."""
+    if pa.types.is_list(column.type):
+        return [_decode_list(value) for value in column.cast(pa.list_(pa.binary())).to_pylist()]
+    return [_decode(value) for value in column.cast(pa.binary()).to_pylist()]
+
+
+def _decode(value: bytes | None) -> tuple[str | None, bool]:
+    try:
+        return value if value is None else value.decode("utf-8"), False
+    except UnicodeDecodeError:
+        return value.decode("utf-8", "replace"), True  # type: ignore[union-attr]
+
+
+def _decode_list(value: list[bytes | None] | None) -> tuple[list[str | None] | None, bool]:
+    pairs = [_decode(part) for part in value or []]
+    return [text for text, _ in pairs], any(broken for _, broken in pairs)

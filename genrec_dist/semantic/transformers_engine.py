@@ -1,58 +1,91 @@
-"""Reference engine: a plain transformers encoder or decoder, mean pooling, optional normalisation.
-
-Reads a model folder or hub id. Short enough to check by eye; the other engines are tested against it.
+"""Reference engine: a plain transformers encoder or decoder. Short enough to check by eye; the others are tested
+against it. Reads a model folder or hub id.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from genrec_dist.errors import ConfigError
+from genrec_dist.semantic.encoders import ModelSource, Pooling
 from genrec_dist.semantic.engine import quiet_transformers
+from genrec_dist.semantic.tokens import TextTokenizer, padded
 
 
 class TransformersEngine:
-    """Mean of the last hidden states over a text's tokens, in float32.
+    """Pooled last hidden states.
 
     Args:
-        model: folder or hub id.
+        source: model and pooling: the mean over a text's tokens, its last token, or its first ('cls').
         max_tokens: tokens read of a text; lowered to what model and tokenizer allow.
-        normalize: scale vectors to unit length.
+        dtype: 'float32', 'float16' or 'bfloat16' of the model; pooling is in float32.
         device: torch device.
     """
 
-    def __init__(self, model: str, max_tokens: int, normalize: bool, device: str) -> None:
+    def __init__(self, source: ModelSource, max_tokens: int, dtype: str, device: str) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
         quiet_transformers()
-        self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        if self.tokenizer.pad_token is None:  # decoder models; padding is masked, so any token serves
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side = "right"
-        self.model = AutoModel.from_pretrained(model, trust_remote_code=False, dtype=torch.float32)
-        self.model = self.model.to(device).eval()
-        self.device, self.normalize = device, normalize
-        self.dim = int(self.model.config.hidden_size)
-        positions = getattr(self.model.config, "max_position_embeddings", max_tokens)
-        self.max_tokens = min(max_tokens, positions, self.tokenizer.model_max_length)
+        if source.pooling == "model":
+            raise ConfigError(
+                "a plain model has no pooling of its own",
+                where="semantic.pooling",
+                got="that of the model",
+                expected="mean, last or cls",
+                fix="set it, or use semantic.engine=sentence_transformers",
+            )
+        options = {"revision": source.revision, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+        model = AutoModel.from_pretrained(source.path, dtype=getattr(torch, dtype), **options)
+        if model.config.is_encoder_decoder:
+            model = model.get_encoder()
+        self.model = model.to(device).eval()
+        self.pooling, self.device, self.dim = source.pooling, device, int(model.config.hidden_size)
+        positions = getattr(model.config, "max_position_embeddings", None) or max_tokens
+        self.tokenizer = TextTokenizer(tokenizer, min(max_tokens, positions))
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked: any token serves
+        self.batch_rows, self.batch_tokens = torch_batch(device)
 
-    def count_tokens(self, texts: list[str]) -> np.ndarray:
-        """Tokens of each text before truncation, (n,) int64."""
-        ids = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-        return np.array([len(row) for row in ids], dtype=np.int64)
-
-    def embed(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors (n, dim) float32 and tokens read (n,) int64."""
+    def embed(self, ids: list[list[int]]) -> np.ndarray:
+        """Vectors (n, dim) float32."""
         import torch
 
-        batch = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self.device)
-        mask = batch["attention_mask"]
+        tokens, mask = padded(ids, self.pad, self.device)
         with torch.inference_mode():
-            hidden = self.model(**batch).last_hidden_state
-            weights = mask.unsqueeze(-1).to(hidden.dtype)
-            vectors = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-            if self.normalize:
-                vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return vectors.cpu().numpy(), mask.sum(1).cpu().numpy().astype(np.int64)
+            hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+            vectors = pool(hidden, mask, self.pooling)
+        return vectors.float().cpu().numpy()
+
+    def survives(self, error: Exception) -> bool:
+        return torch_survives(error)
+
+
+def pool(hidden, mask, pooling: Pooling):
+    """One vector a text.
+
+    Shapes:
+        hidden: (n, length, dim) float, right-padded. mask: (n, length) int64. returns: (n, dim) float32.
+    """
+    import torch
+
+    if pooling == "cls":
+        return hidden[:, 0].float()
+    lengths = mask.sum(1)
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].float()
+    kept = hidden.masked_fill(~mask.bool().unsqueeze(-1), 0)
+    return kept.sum(1, dtype=torch.float32) / lengths.unsqueeze(-1)
+
+
+def torch_batch(device: str) -> tuple[int, int]:
+    """Texts and padded tokens of a batch: a CPU likes small ones, a GPU must be filled."""
+    return (32, 4096) if device == "cpu" else (1024, 32768)
+
+
+def torch_survives(error: Exception) -> bool:
+    """False for errors after which the CUDA context of the process is lost."""
+    import torch
+
+    lost = getattr(torch, "AcceleratorError", ())
+    return not isinstance(error, lost) and "CUDA error" not in str(error)

@@ -1,14 +1,19 @@
-"""Embedding one shard of items: the work that local and Ray execution share.
+"""Embedding shards of items: the work that local and Ray execution share.
 
 Reads the shard's rows of items.parquet; writes the shard of the Zarr array, then its completion record.
 Shards are independent and each is batched on its own, so the vectors do not depend on how many workers
-there are, or on which of them takes a shard.
+there are, or on which of them takes a shard. While a shard is in the engine, the next one is read and tokenised
+and the one before is written.
 """
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import time
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -16,11 +21,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from genrec_dist.artifacts.embeddings import EmbeddingWriter, shard_rows
-from genrec_dist.config import SemanticConfig
+from genrec_dist.artifacts.embeddings import EmbeddingWriter, record_path, shard_rows
+from genrec_dist.artifacts.files import write_atomic
+from genrec_dist.config import SemanticConfig, VllmConfig
 from genrec_dist.errors import DataError, GenrecError
-from genrec_dist.semantic.engine import EmbeddingEngine, create_engine
-from genrec_dist.semantic.text import FIELDS, UNKNOWN_TEXT, item_text
+from genrec_dist.semantic.engine import EmbeddingEngine, batch_limits, create_engine, normalized, plan_batches
+from genrec_dist.semantic.journal import CrashJournal
+from genrec_dist.semantic.reuse import KnownTexts, keys_file, text_keys
+from genrec_dist.semantic.text import FIELDS, item_texts
+
+EXIT_ENGINE_LOST = 70
 
 
 @dataclass(frozen=True)
@@ -31,24 +41,64 @@ class EmbedJob:
         out: work folder of the artifact; on a cluster, on a file system that all workers see.
         items: items.parquet of the catalog.
         num_items: its rows.
+        rows_per_shard: rows of a shard, never 0.
         settings: section `semantic` of the configuration.
         device: 'auto', 'cpu' or 'cuda'.
         num_threads: CPU threads of one worker.
-        batch_size: texts of a forward pass.
+        batch_size: most texts of a forward pass, 0 for the engine's choice.
+        batch_tokens: most padded tokens of a forward pass, 0 for the engine's choice.
+        vllm: section `runtime.vllm`.
+        known: folders of finished artifacts whose vectors may be copied.
+        expendable: the process may end itself when its engine is lost, because somebody starts another.
     """
 
     out: Path
     items: Path
     num_items: int
+    rows_per_shard: int
     settings: SemanticConfig
-    device: str
-    num_threads: int
-    batch_size: int
+    device: str = "auto"
+    num_threads: int = 0
+    batch_size: int = 0
+    batch_tokens: int = 0
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    known: tuple[Path, ...] = ()
+    expendable: bool = False
+
+    @property
+    def scratch(self) -> Path:
+        """Kept over a kill, dropped when the artifact is finished."""
+        return self.out / "scratch"
 
     @property
     def progress_folder(self) -> Path:
-        """Where workers say how many rows of a shard they have embedded."""
-        return self.out / "scratch" / "embedded"
+        """Where workers say how many rows of an unfinished shard they have embedded."""
+        return self.scratch / "embedded"
+
+    def make_folders(self) -> None:
+        """Make what the workers write into."""
+        for folder in (self.progress_folder, self.scratch / "journal", keys_file(self.scratch, 0).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def journal(self, shard: int) -> CrashJournal:
+        return CrashJournal(self.scratch / "journal" / f"{shard}.json")
+
+
+@dataclass
+class Prepared:
+    """A shard that is read and tokenised.
+
+    Shapes:
+        vectors: (n, dim) float32, NaN but for copied rows. todo: (m,) int64, rows to embed. lengths: (m,) int64.
+    """
+
+    shard: int
+    start: int
+    vectors: np.ndarray
+    todo: np.ndarray
+    ids: dict[int, list[int]]
+    failed: list[dict]
+    info: dict
 
 
 class ShardEmbedder:
@@ -63,116 +113,230 @@ class ShardEmbedder:
 
     def __init__(self, job: EmbedJob) -> None:
         self.job = job
+        self._engine: EmbeddingEngine | None = None
 
-    @cached_property
+    @property
     def engine(self) -> EmbeddingEngine:
-        return create_engine(self.job.settings, self.job.device, self.job.num_threads)
+        if self._engine is None:
+            self._engine = create_engine(self.job.settings, self.job.device, self.job.num_threads, self.job.vllm)
+        return self._engine
 
     @cached_property
     def writer(self) -> EmbeddingWriter:
-        return EmbeddingWriter(self.job.out, self.job.num_items, self.engine.dim, self.job.settings.rows_per_shard)
+        job = self.job
+        return EmbeddingWriter(job.out, job.num_items, self.engine.dim, job.rows_per_shard, job.settings.store_dtype)
+
+    @cached_property
+    def reader(self) -> RowReader:
+        return RowReader(self.job.items, list(FIELDS))
+
+    @cached_property
+    def known(self) -> list[KnownTexts]:
+        return [KnownTexts(folder) for folder in self.job.known]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
-        """Embed the shards of a Ray Data batch (column 'shard'); columns as `embed_shard` returns them."""
-        done = [self.embed_shard(int(shard)) for shard in batch["shard"]]
+        """Embed the shards of a Ray Data batch (column 'shard'); columns as `embed_shards` returns them."""
+        done = self.embed_shards([int(shard) for shard in batch["shard"]])
         return {name: [row[name] for row in done] for name in done[0]}
 
-    def embed_shard(self, shard: int) -> dict[str, float]:
-        """Embed and write one shard.
+    def embed_shards(self, shards: list[int]) -> list[dict[str, float]]:
+        """Embed and write shards; those that are recorded already are left alone.
 
         Returns:
-            Items and tokens read, and when the work began and ended (seconds since the epoch); loading the
-            engine is not in it.
+            For each shard the items and tokens read, and when the work began and ended (seconds since the epoch,
+            0 for a shard left alone); loading the engine is not in it.
 
         Raises:
             ConfigError: the engine cannot be made.
+            ClusterError: the disk is full.
         """
-        writer = self.writer
-        started = time.time()
-        start, end = shard_rows(shard, self.job.num_items, self.job.settings.rows_per_shard)
-        texts = self._texts(start, end)
-        empty = [start + row for row, text in enumerate(texts) if not text]
-        texts = [text or UNKNOWN_TEXT for text in texts]
+        left = [shard for shard in shards if not record_path(self.job.out, shard).exists()]
+        if left:
+            _ = self.writer  # loads the engine before the clock starts
+        done = {}
+        writing: Future | None = None
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+            ahead = reader.submit(self._prepare, left[0]) if left else None
+            for place, shard in enumerate(left):
+                assert ahead is not None
+                started = time.time()
+                prepared = ahead.result()
+                if place + 1 < len(left):
+                    ahead = reader.submit(self._prepare, left[place + 1])
+                self._embed(prepared)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self._write, prepared)
+                done[shard] = {
+                    "items": len(prepared.vectors),
+                    "tokens": prepared.info["tokens"],
+                    "started": started,
+                    "ended": time.time(),
+                }
+            if writing is not None:
+                writing.result()
+                done[left[-1]]["ended"] = time.time()
+        nothing = {"items": 0, "tokens": 0, "started": 0.0, "ended": 0.0}
+        return [{"shard": shard, **done.get(shard, nothing)} for shard in shards]
 
-        lengths = self.engine.count_tokens(texts)
-        order = np.argsort(-np.minimum(lengths, self.engine.max_tokens), kind="stable")
-        vectors = np.full((len(texts), self.engine.dim), np.nan, dtype=np.float32)
-        tokens = 0
-        failed: list[dict] = []
-        for first in range(0, len(order), self.job.batch_size):
-            rows = order[first : first + self.job.batch_size].tolist()
-            tokens += self._embed_rows(rows, texts, vectors, start, failed)
-            self._report_progress(shard, first + len(rows))
-        failed.sort(key=lambda row: row["row"])
+    def _prepare(self, shard: int) -> Prepared:
+        job = self.job
+        start, end = shard_rows(shard, job.num_items, job.rows_per_shard)
+        texts, notes = item_texts(self.reader.rows(start, end), job.settings.template)
+        keys = text_keys(texts)
+        _save(keys_file(job.scratch, shard), keys)
+        vectors, copied = self._copied(keys)
+        todo = np.flatnonzero(~copied)
+        ids, cut = self.engine.tokenizer([texts[row] for row in todo])
+        tokens = dict(zip(todo.tolist(), ids))
+        failed = [
+            {"row": start + row, "reason": "no_tokens", "detail": "the tokenizer finds nothing in the text"}
+            for row, found in tokens.items()
+            if not found
+        ]
         info = {
-            "tokens": tokens,
-            "truncated": int((lengths > self.engine.max_tokens).sum()),
-            "max_tokens": self.engine.max_tokens,
-            "empty": empty,
+            "tokens": 0,
+            "truncated": int(cut.sum()),
+            "max_tokens": self.engine.tokenizer.max_tokens,
+            "copied": int(copied.sum()),
+            "kept": [{"row": start + row, "reason": reason, "detail": detail} for row, reason, detail in notes],
         }
-        writer.write(shard, vectors, failed, info)
-        return {"items": len(texts), "tokens": tokens, "started": started, "ended": time.time()}
+        todo = np.array([row for row in todo if tokens[row]], np.int64)
+        return Prepared(shard, start, vectors, todo, tokens, failed, info)
 
-    def _texts(self, start: int, end: int) -> list[str]:
-        table = read_rows(self.job.items, start, end, list(FIELDS))
-        columns = [table[name].to_pylist() for name in FIELDS]
-        return [item_text(self.job.settings.template, *fields) for fields in zip(*columns)]
+    def _copied(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A table of NaN with the vectors of known texts filled in, and which rows those are."""
+        vectors = np.full((len(keys), self.engine.dim), np.nan, np.float32)
+        copied = np.zeros(len(keys), bool)
+        for source in self.known:
+            rows = source.find(keys)
+            new = (rows >= 0) & ~copied
+            if new.any():
+                vectors[new] = source.store.rows(rows[new])
+                copied |= new
+        return vectors, copied
 
-    def _embed_rows(
-        self, rows: list[int], texts: list[str], vectors: np.ndarray, start: int, failed: list[dict]
-    ) -> int:
-        """Fill the rows of `vectors`, name those that fail, and return the tokens read.
+    def _embed(self, prepared: Prepared) -> None:
+        """Fill in the vectors and name the rows that fail."""
+        journal = self.job.journal(prepared.shard)
+        limits = batch_limits(self.engine, self.job.batch_size, self.job.batch_tokens)
+        lengths = np.array([len(prepared.ids[row]) for row in prepared.todo], np.int64)
+        finished = len(prepared.vectors) - len(prepared.todo)
+        for batch in plan_batches(lengths, *limits):
+            rows = prepared.todo[batch].tolist()
+            self._embed_rows(rows, prepared, journal)
+            finished += len(rows)
+            self._report_progress(prepared.shard, finished)
+        journal.end()
 
-        When a batch raises, its texts are tried one by one, so that one bad text costs one row.
+    def _embed_rows(self, rows: list[int], prepared: Prepared, journal: CrashJournal) -> None:
+        """Fill in the vectors of one batch.
+
+        A batch that raises is halved until the bad text is alone: it costs one row, and too large a batch just
+        becomes smaller. A batch during which the engine or the process died again and again is tried text by text;
+        a text that goes on killing it is given up.
         """
+        if journal.is_suspect(rows):
+            if len(rows) == 1:
+                self._fail(prepared, rows[0], "engine_crash", "the engine died with this text")
+            else:
+                for row in rows:
+                    self._embed_rows([row], prepared, journal)
+            return
+        journal.begin(rows)
         try:
-            values, tokens = self._embed([texts[row] for row in rows])
+            values = self.engine.embed([prepared.ids[row] for row in rows])
         except GenrecError:
             raise
         except Exception as error:  # whatever a library raises on some text
-            if len(rows) > 1:
-                return sum(self._embed_rows([row], texts, vectors, start, failed) for row in rows)
-            detail = f"{type(error).__name__}: {error}"[:200]
-            failed.append({"row": start + rows[0], "reason": "embedding_error", "detail": detail})
-            return 0
-        finite = np.isfinite(values).all(axis=1)
-        for row, value, is_finite in zip(rows, values, finite):
-            if is_finite:
-                vectors[row] = value
+            if not self.engine.survives(error):
+                self._lose_engine(error, rows, journal)
+                self._embed_rows(rows, prepared, journal)
+            elif len(rows) > 1:
+                for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                    self._embed_rows(half, prepared, journal)
             else:
-                failed.append({"row": start + row, "reason": "non_finite_embedding", "detail": ""})
-        return int(tokens[finite].sum())
-
-    def _embed(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        values, tokens = self.engine.embed(texts)
-        if values.shape != (len(texts), self.engine.dim):
+                self._fail(prepared, rows[0], "embedding_error", f"{type(error).__name__}: {error}"[:200])
+            return
+        if values.shape != (len(rows), self.engine.dim):
             raise DataError(
                 "embedding engine returned the wrong shape",
                 where=self.job.settings.engine,
                 got=values.shape,
-                expected=(len(texts), self.engine.dim),
+                expected=(len(rows), self.engine.dim),
             )
-        return values, tokens
+        self._keep(rows, values, prepared)
+
+    def _keep(self, rows: list[int], values: np.ndarray, prepared: Prepared) -> None:
+        if self.job.settings.normalize:
+            values = normalized(values)
+        finite = np.isfinite(values).all(axis=1)
+        overflow = self.writer.overflows(values)
+        for row, value, is_finite, overflows in zip(rows, values, finite, overflow):
+            if overflows:
+                self._fail(prepared, row, "overflow", f"beyond {self.job.settings.store_dtype}")
+            elif not is_finite:
+                self._fail(prepared, row, "non_finite_embedding", "")
+            else:
+                prepared.vectors[row] = value
+                prepared.info["tokens"] += len(prepared.ids[row])
+
+    def _fail(self, prepared: Prepared, row: int, reason: str, detail: str) -> None:
+        prepared.failed.append({"row": prepared.start + row, "reason": reason, "detail": detail})
+
+    def _lose_engine(self, error: Exception, rows: list[int], journal: CrashJournal) -> None:
+        """Leave a broken engine: with the process where that is allowed, as only a fresh one is surely sound."""
+        logging.getLogger(__name__).error("embedding engine is lost: %s: %s", type(error).__name__, error)
+        if self.job.expendable:
+            os._exit(EXIT_ENGINE_LOST)  # the journal still says what was in the engine
+        journal.blame(journal.key(rows))
+        self._engine = None
+
+    def _write(self, prepared: Prepared) -> None:
+        prepared.failed.sort(key=lambda row: row["row"])
+        self.writer.write(prepared.shard, prepared.vectors, prepared.failed, prepared.info)
+        self.job.journal(prepared.shard).close()
+        (self.job.progress_folder / str(prepared.shard)).unlink(missing_ok=True)
 
     def _report_progress(self, shard: int, rows: int) -> None:
         (self.job.progress_folder / str(shard)).write_text(str(rows), encoding="ascii")
 
 
-def read_rows(path: Path, start: int, end: int, columns: list[str]) -> pa.Table:
-    """Rows start..end of a Parquet file, reading only the row groups that hold them.
+def _save(path: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomic(path, buffer.getvalue())
 
-    Raises:
-        DataError: the file has fewer rows.
+
+class RowReader:
+    """Ranges of rows of a Parquet file. The row group read last is kept, as neighbouring shards lie in it.
+
+    Args:
+        path: the file.
+        columns: what to read.
     """
-    parts = []
-    with pq.ParquetFile(path) as file:
-        first = 0
-        for group in range(file.num_row_groups):
-            last = first + file.metadata.row_group(group).num_rows
-            if first < end and last > start:
-                table = file.read_row_group(group, columns=columns)
-                parts.append(table.slice(max(start - first, 0), min(end, last) - max(start, first)))
-            first = last
-    if first < end:
-        raise DataError("file has fewer rows than expected", where=path, got=first, expected=f"at least {end}")
-    return pa.concat_tables(parts).select(columns)
+
+    def __init__(self, path: Path, columns: list[str]) -> None:
+        self.path, self.columns = path, columns
+        self._group: tuple[int, pa.Table] | None = None
+
+    def rows(self, start: int, end: int) -> pa.Table:
+        """Rows start..end.
+
+        Raises:
+            DataError: the file has fewer rows.
+        """
+        parts, first = [], 0
+        with pq.ParquetFile(self.path) as file:
+            for group in range(file.num_row_groups):
+                last = first + file.metadata.row_group(group).num_rows
+                if first < end and last > start:
+                    if self._group is None or self._group[0] != group:
+                        self._group = group, file.read_row_group(group, columns=self.columns)
+                    parts.append(self._group[1].slice(max(start - first, 0), min(end, last) - max(start, first)))
+                first = last
+        if first < end:
+            raise DataError(
+                "file has fewer rows than expected", where=self.path, got=first, expected=f"at least {end}"
+            )
+        return pa.concat_tables(parts)

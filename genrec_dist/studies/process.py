@@ -8,7 +8,8 @@ from statistics import median
 
 import numpy as np
 
-from genrec_dist.artifacts.embeddings import ARRAY, read_embeddings
+from genrec_dist.artifacts.embeddings import ARRAY
+from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.studies import paper, plots
 from genrec_dist.studies.blocks import (
     Block,

@@ -14,10 +14,10 @@ from genrec_dist.artifacts.embeddings import (
     EmbeddingWriter,
     failed_items,
     pending_shards,
-    read_embeddings,
-    read_records,
+    iterate_records,
     write_embeddings,
 )
+from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.errors import ArtifactError, DataError
 
 
@@ -31,7 +31,7 @@ def test_round_trip_for_any_shard_size(tmp_path_factory, rows, rows_per_shard):
     folder = tmp_path_factory.mktemp("array")
     write_embeddings(folder, table(rows), rows_per_shard)
     assert np.array_equal(read_embeddings(folder), table(rows))
-    assert len(read_records(folder)) == -(-rows // rows_per_shard)
+    assert len(list(iterate_records(folder))) == -(-rows // rows_per_shard)
 
 
 def test_shards_written_by_two_writers_in_any_order(tmp_path):
@@ -44,7 +44,7 @@ def test_shards_written_by_two_writers_in_any_order(tmp_path):
         read_embeddings(tmp_path)
     second.write(1, values[4:8], info={"tokens": 5})
     assert np.array_equal(read_embeddings(tmp_path), values)
-    assert [record["info"] for record in read_records(tmp_path)] == [{}, {"tokens": 5}, {}]
+    assert [record["info"] for record in list(iterate_records(tmp_path))] == [{}, {"tokens": 5}, {}]
 
 
 def test_failed_rows_are_named_and_never_nan(tmp_path):

@@ -11,16 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from genrec_dist.artifacts.embeddings import EmbeddingWriter, failed_items, pending_shards, read_embeddings
+from genrec_dist.artifacts.embeddings import EmbeddingWriter, failed_items, pending_shards
 from genrec_dist.artifacts.files import read_json
+from genrec_dist.artifacts.reader import EmbeddingStore, read_embeddings
 from genrec_dist.artifacts.store import ArtifactStore
 from genrec_dist.config import Config, RuntimeConfig, SemanticConfig, build_config
 from genrec_dist.errors import ClusterError, ConfigError, DataError, FailedRowsError
 from genrec_dist.pipeline import Stage, StageContext, execute
 from genrec_dist.runs import RunFolder
-from genrec_dist.semantic.engine import resolve_model
-from genrec_dist.semantic.stage import _cores_per_worker, _gpus_per_worker, embed_catalog, semantic_stage
-from genrec_dist.semantic.worker import read_rows
+from genrec_dist.semantic.encoders import packaged_minilm
+from genrec_dist.semantic.ray_workers import cores_per_worker, gpus_of_worker
+from genrec_dist.semantic.stage import embed_catalog, semantic_stage
+from genrec_dist.semantic.worker import RowReader
 
 ITEMS = pa.schema(
     [
@@ -51,27 +53,50 @@ def fake_vector(text: str) -> list[float]:
     return [len(text.split()), len(text), sum(map(ord, text))]
 
 
-class FakeEngine:
-    """Counts words as tokens; raises on 'poison', returns NaN on 'bad', remembers its batches."""
+class FakeTokenizer:
+    """One token a word; numbers stand for words, so that the engine can read the text again."""
 
-    dim = 3
     max_tokens = 4
 
     def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def __call__(self, texts: list[str]) -> tuple[list[list[int]], np.ndarray]:
+        ids = []
+        for text in texts:
+            known = len(self.words)
+            self.words += text.split()
+            ids.append(list(range(known, len(self.words))))
+        return ids, np.array([len(row) > self.max_tokens for row in ids], bool)
+
+    def text(self, row: list[int]) -> str:
+        return " ".join(self.words[n] for n in row)
+
+
+class FakeEngine:
+    """Raises on 'poison', returns NaN on 'bad', remembers its batches."""
+
+    dim = 3
+    batch_rows = 4
+    batch_tokens = 0
+
+    def __init__(self) -> None:
+        self.tokenizer = FakeTokenizer()
         self.batches: list[list[str]] = []
         self.before: Callable[[list[str]], None] = lambda texts: None
 
-    def count_tokens(self, texts: list[str]) -> np.ndarray:
-        return np.array([len(text.split()) for text in texts], dtype=np.int64)
-
-    def embed(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def embed(self, ids: list[list[int]]) -> np.ndarray:
+        texts = [self.tokenizer.text(row) for row in ids]
         self.before(texts)
-        self.batches.append(list(texts))
+        self.batches.append(texts)
         if any("poison" in text for text in texts):
             raise RuntimeError("cannot read poison")
         vectors = np.array([fake_vector(text) for text in texts], dtype=np.float32)
         vectors[["bad" in text for text in texts]] = np.nan
-        return vectors, np.minimum(self.count_tokens(texts), self.max_tokens)
+        return vectors
+
+    def survives(self, error: Exception) -> bool:
+        return not isinstance(error, MemoryError)
 
 
 @pytest.fixture
@@ -94,7 +119,7 @@ def context(tmp_path, titles, runtime=LOCAL) -> StageContext:
 
 
 def settings(**values) -> SemanticConfig:
-    return SemanticConfig(template="{title}", rows_per_shard=8, **values)
+    return SemanticConfig(**{"template": "{title}", "rows_per_shard": 8, "normalize": False} | values)
 
 
 def expected(titles) -> np.ndarray:
@@ -106,7 +131,7 @@ def test_rows_are_at_their_own_index_though_batches_go_by_length(tmp_path, fake_
     embed_catalog(ctx, settings())
     assert np.array_equal(read_embeddings(ctx.out), expected(TITLES))
     first_shard = [len(text.split()) for batch in fake_engine.batches[:2] for text in batch]
-    assert [min(n, fake_engine.max_tokens) for n in first_shard] == [4, 4, 3, 3, 2, 2, 1, 1]
+    assert first_shard == [5, 4, 3, 3, 2, 2, 1, 1]
 
     ids = pq.read_table(ctx.out / "ids.parquet")
     assert ids.column_names == ["item_index", "item_id"]
@@ -114,7 +139,7 @@ def test_rows_are_at_their_own_index_though_batches_go_by_length(tmp_path, fake_
     assert ids["item_id"][22].as_py() == "I0022"
     report = read_json(ctx.out / "report.json")
     assert (report["dim"], report["num_items"], report["num_truncated"]) == (3, 23, 4)  # 5 words for 4 tokens
-    assert report["num_tokens"] == sum(min(len(title.split()), 4) for title in TITLES)
+    assert report["num_tokens"] == sum(len(title.split()) for title in TITLES)
     assert report["timing"]["items"] == 23
     progress = read_json(ctx.scratch / "progress.json")
     assert (progress["done"], progress["total"], progress["unit"]) == (23, 23, "items")
@@ -216,14 +241,15 @@ def test_an_empty_catalog_is_refused(tmp_path, fake_engine):
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 23), (0, 1), (6, 8), (7, 14), (20, 23)])
-def test_read_rows_over_row_groups(tmp_path, start, end):
-    path = write_items(tmp_path, TITLES, row_group_size=7)
-    assert read_rows(path, start, end, ["title"])["title"].to_pylist() == TITLES[start:end]
+def test_rows_over_row_groups(tmp_path, start, end):
+    reader = RowReader(write_items(tmp_path, TITLES, row_group_size=7), ["title"])
+    for _ in range(2):  # the second time from the group that is kept
+        assert reader.rows(start, end)["title"].to_pylist() == TITLES[start:end]
 
 
-def test_read_rows_past_the_end_is_an_error(tmp_path):
+def test_rows_past_the_end_are_an_error(tmp_path):
     with pytest.raises(DataError, match="fewer rows"):
-        read_rows(write_items(tmp_path, TITLES), 20, 24, ["title"])
+        RowReader(write_items(tmp_path, TITLES), ["title"]).rows(20, 24)
 
 
 def catalog_stage(titles) -> Stage:
@@ -301,12 +327,12 @@ class FakeCluster:
     [([2], 1, 2), ([2], 2, 1), ([16, 16], 2, 16), ([16, 16], 3, 8), ([3, 3], 3, 1), ([4, 1], 2, 2)],
 )
 def test_every_worker_finds_its_cores(cores, workers, share):
-    assert _cores_per_worker(FakeCluster(cores), workers) == share
+    assert cores_per_worker(FakeCluster(cores), workers) == share
 
 
 def test_more_workers_than_cores_is_an_error_and_not_a_wait():
     with pytest.raises(ClusterError, match="more embedding workers than cores"):
-        _cores_per_worker(FakeCluster([2, 1]), 4)
+        cores_per_worker(FakeCluster([2, 1]), 4)
 
 
 @pytest.mark.parametrize(
@@ -314,17 +340,24 @@ def test_more_workers_than_cores_is_an_error_and_not_a_wait():
     [("auto", 0, 2, 0), ("cpu", 4, 2, 0), ("auto", 4, 2, 1), ("cuda", 2, 3, 0.5), ("auto", 1, 4, 0.25)],
 )
 def test_gpus_are_shared_so_that_all_workers_fit(device, gpus, workers, share):
-    assert _gpus_per_worker(FakeCluster([8], gpus), device, workers) == share
+    assert gpus_of_worker(FakeCluster([8], gpus), RuntimeConfig(device=device), workers) == share
+
+
+def test_a_tensor_parallel_group_has_its_gpus():
+    runtime = RuntimeConfig(vllm={"tensor_parallel_size": 2})
+    assert gpus_of_worker(FakeCluster([8], 4), runtime, 2) == 2
+    with pytest.raises(ClusterError, match="tensor-parallel"):
+        gpus_of_worker(FakeCluster([8], 4), runtime, 3)
 
 
 def test_cuda_without_a_gpu_is_an_error():
     with pytest.raises(ClusterError, match="no GPU"):
-        _gpus_per_worker(FakeCluster([8]), "cuda", 1)
+        gpus_of_worker(FakeCluster([8]), RuntimeConfig(device="cuda"), 1)
 
 
 def test_error_of_a_ray_worker_keeps_its_type(tmp_path, ray_session):
     model = tmp_path / "model"
-    shutil.copytree(resolve_model("minilm"), model)
+    shutil.copytree(packaged_minilm(), model)
     (model / "model.safetensors").write_bytes(b"truncated")
     config = build_config({}, [f"semantic.model={model}", "runtime.num_threads=1"])
     with pytest.raises(ConfigError, match="cannot be loaded") as caught:

@@ -173,17 +173,13 @@ def measure(name: str, model: Path, items: Path, out: Path, ceiling: float) -> N
     def stage(folder: Path) -> None:
         job = EmbedJob(folder, items, len(texts), per_shard, settings, "cuda", vllm=vllm)
         job.make_folders()
-        embedder = ShardEmbedder(job)
-        embedder._engine = engine
-        embedder.embed_shards(list(range(num_shards(len(texts), per_shard))))
+        ShardEmbedder(job, engine).embed_shards(list(range(num_shards(len(texts), per_shard))))
 
     runs = {"engine loop over batches of ids": lambda: [engine.embed([ids[n] for n in batch]) for batch in batches]}
     if kind == "vllm":
         runs |= {
             "bare LLM.embed, ids": lambda: engine.llm.embed(prompts, use_tqdm=False),
-            "bare LLM.embed, texts": lambda: engine.llm.embed(
-                sorted_texts, use_tqdm=False, tokenization_kwargs=limits
-            ),
+            "bare LLM.embed, texts": lambda: engine.llm.embed(sorted_texts, use_tqdm=False, tokenization_kwargs=limits),
         }
     rows = []
     for repeat in range(2):

@@ -125,6 +125,17 @@ def gpus_per_worker(runtime: RuntimeConfig, ray: Any) -> int:
     return 0
 
 
+def quiet_ray_data() -> None:
+    """Keep Ray Data's bars and notices off the terminal; errors of workers still come through, with their type."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
+
+
 def leave_ray() -> None:
     """Shut down the session that this process started, if any."""
     global _started_here

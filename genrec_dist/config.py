@@ -255,6 +255,8 @@ class EvaluationConfig(Section):
 
 
 Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine"]
+WITHOUT_EVALUATION = {"embed"}
+"""Methods that recommend nothing."""
 
 
 class ReportConfig(Section):

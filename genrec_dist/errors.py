@@ -5,6 +5,9 @@ Every error says what went wrong, where, what was found, what was expected and h
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+
 EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -101,3 +104,36 @@ class FailedRowsError(GenrecError):
     """The work finished, with more failed rows than the configuration allows."""
 
     exit_code = EXIT_FAILED_ROWS
+
+
+def find_typed(error: BaseException) -> GenrecError | None:
+    """The GenrecError that an error is, or that Ray or Ray Train wrapped."""
+    for one in error_chain(error):
+        # A RayTaskError is an instance of its cause's class as well, but its text is a remote traceback.
+        cause = getattr(one, "cause", None)
+        if isinstance(cause, GenrecError):
+            return cause
+        if isinstance(one, GenrecError):
+            return one
+    return None
+
+
+def error_chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and everything inside it, nearest first."""
+    todo, seen = deque([error]), set()
+    while todo:
+        one = todo.popleft()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        failures = getattr(one, "worker_failures", None)  # ray.train WorkerGroupError
+        inner = [
+            getattr(one, "cause", None),  # ray.exceptions.RayTaskError
+            getattr(one, "_base_exc", None),  # ray.train's wrapper of user exceptions
+            getattr(one, "controller_failure", None),
+            *(failures.values() if isinstance(failures, dict) else ()),
+            one.__cause__,
+            None if one.__suppress_context__ else one.__context__,
+        ]
+        todo.extend(e for e in inner if isinstance(e, BaseException))

@@ -6,7 +6,7 @@ from genrec_dist.artifacts.files import read_json
 from genrec_dist.baselines.sasrec import sasrec_stage
 from genrec_dist.catalog.stage import catalog_stage
 from genrec_dist.collaborative.stage import fusion_stage
-from genrec_dist.config import Config
+from genrec_dist.config import WITHOUT_EVALUATION, Config
 from genrec_dist.evaluation.stage import evaluation_stage
 from genrec_dist.generator.stage import generator_stage
 from genrec_dist.identifiers.stage import identifier_stage
@@ -50,7 +50,6 @@ def embed(config: Config, catalog: Stage) -> list[Stage]:
 
 
 METHODS = {"prorec": prorec, "sasrec": sasrec, "popularity": popularity, "embed": embed}
-WITHOUT_EVALUATION = {"embed"}
 
 
 def build_stages(config: Config) -> list[Stage]:

@@ -24,7 +24,7 @@ app = typer.Typer(
     "failed, 6 finished with too many failed rows, 75 preempted (run it again), 130 interrupted.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
-data_app = typer.Typer(no_args_is_help=True, help="Make a synthetic catalog, describe a catalog.")
+data_app = typer.Typer(no_args_is_help=True, help="Make and describe catalogs, verify artifacts, move embeddings.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 
@@ -35,6 +35,14 @@ class Resume(StrEnum):
     auto = "auto"
     require = "require"
     never = "never"
+
+
+class Dtype(StrEnum):
+    """How embeddings are stored."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/.", show_default=False)]
@@ -231,6 +239,49 @@ def data_describe(
         print_json(description)
     else:
         show_description(description, folder, out())
+
+
+@data_app.command("verify")
+@guarded
+def data_verify(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="An artifact's folder, a store, or a run.", show_default=False)
+    ],
+    runs: RunsPath = RUNS,
+) -> None:
+    """Check artifacts: every checksum, and of embeddings that each row is a vector or a recorded failure."""
+    from launcher.embeddings import verify
+
+    verify(target, runs, out())
+
+
+@data_app.command("export")
+@guarded
+def data_export(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A run, or a folder with embeddings.", show_default=False)
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".npy, .parquet or .safetensors.", show_default=False)],
+    stage: Annotated[str, typer.Option("--stage", help="Stage of the run.")] = "semantic",
+    runs: RunsPath = RUNS,
+) -> None:
+    """Write embeddings to one file; row = item index. An item without an embedding is NaN (null in Parquet)."""
+    from launcher.embeddings import export
+
+    export(source, file, stage, runs, out())
+
+
+@data_app.command("import")
+@guarded
+def data_import(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".npy, .parquet or .safetensors.", show_default=False)],
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the new artifact.", show_default=False)],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the stored values.")] = Dtype.float32,
+) -> None:
+    """Make an embedding artifact of a file. (A run takes the file itself: semantic.engine=precomputed.)"""
+    from launcher.embeddings import import_file
+
+    import_file(file, folder, dtype.value, out())
 
 
 @app.command()

@@ -79,7 +79,11 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
     if any(stage.name == "semantic" and not is_finished(stage, store) for stage in ordered):
         probe = config.method == "embed" if probe is None else probe
         embedding = price_embedding(config, counts.num_items if counts else None, finished.get("catalog"), probe)
-        notes += embedding.notes if embedding else ["embeddings: nothing can be said before the catalog or the model is here"]
+        notes += (
+            embedding.notes
+            if embedding
+            else ["embeddings: nothing can be said before the catalog or the model is here"]
+        )
     if counts is None:
         notes.append("counts, parameters and costs are known after the catalog stage: raw reviews are not counted here")
         return Plan(rows, None, None, [], notes, embedding)
@@ -191,9 +195,7 @@ def codebook_size(config: Config, counts: Counts, artifact: Path | None) -> Code
     return CodebookSize(trie.num_nodes, trie.max_depth, int(trie.code.max()) + 1, widths)
 
 
-def show_plan(
-    config: Config, stages: list[Stage], store: Path, console: Console, probe: bool | None = None
-) -> None:
+def show_plan(config: Config, stages: list[Stage], store: Path, console: Console, probe: bool | None = None) -> None:
     """Print the plan of a run."""
     plan = make_plan(config, stages, store, probe)
     console.print(f"[bold]{escape(config.name)}[/]: dry run, nothing is started; store {escape(str(store))}")
@@ -240,8 +242,9 @@ def _print_embedding(price: Price, config: Config, console: Console) -> None:
         assert price.hours is not None
         unit = "hours" if price.device.startswith("CPU") else "GPU-hours"
         lines.append(
-            f"probe: {amount(price.tokens_per_second)} tokens/s on this machine ({price.device}): {amount(price.hours)} "
-            f"{unit} of one engine, {amount(price.hours / workers)} hours with runtime.num_embed_workers {workers}"
+            f"probe: {amount(price.tokens_per_second)} tokens/s on this machine ({price.device}): "
+            f"{amount(price.hours)} {unit} of one engine, {amount(price.hours / workers)} hours "
+            f"with runtime.num_embed_workers {workers}"
         )
     measured_on_gpu = price.tokens_per_second is not None and not price.device.startswith("CPU")
     if not measured_on_gpu and price.shape.num_parameters > LARGE_MODEL:

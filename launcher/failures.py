@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import signal
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from genrec_dist.errors import (
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
     EXIT_TRAINING,
-    GenrecError,
+    error_chain,
+    find_typed,
 )
 
 
@@ -44,39 +43,6 @@ class Stopped(Exception):
         self.failure = failure
 
 
-def find_typed(error: BaseException) -> GenrecError | None:
-    """The GenrecError that an error is, or that Ray or Ray Train wrapped."""
-    for one in _chain(error):
-        # A RayTaskError is an instance of its cause's class as well, but its text is a remote traceback.
-        cause = getattr(one, "cause", None)
-        if isinstance(cause, GenrecError):
-            return cause
-        if isinstance(one, GenrecError):
-            return one
-    return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and everything inside it, nearest first."""
-    todo, seen = deque([error]), set()
-    while todo:
-        one = todo.popleft()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        failures = getattr(one, "worker_failures", None)  # ray.train WorkerGroupError
-        inner = [
-            getattr(one, "cause", None),  # ray.exceptions.RayTaskError
-            getattr(one, "_base_exc", None),  # ray.train's wrapper of user exceptions
-            getattr(one, "controller_failure", None),
-            *(failures.values() if isinstance(failures, dict) else ()),
-            one.__cause__,
-            None if one.__suppress_context__ else one.__context__,
-        ]
-        todo.extend(e for e in inner if isinstance(e, BaseException))
-
-
 def explain(error: BaseException, received: signal.Signals | None = None) -> Failure:
     """Classify an error.
 
@@ -93,7 +59,7 @@ def explain(error: BaseException, received: signal.Signals | None = None) -> Fai
         return Failure(typed.exit_code, type(typed).__name__, str(typed))
     kind = type(error).__name__
     text = f"{kind}: {error}".strip()
-    for one in _chain(error):
+    for one in error_chain(error):
         module, name = type(one).__module__, type(one).__name__
         if module.startswith("ray.train") and "Failed" in " ".join(c.__name__ for c in type(one).__mro__):
             return Failure(EXIT_TRAINING, kind, f"training failed after its retries\n  got: {_short(text)}")

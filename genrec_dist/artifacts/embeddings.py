@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -160,7 +160,8 @@ class EmbeddingWriter:
         self.dtype: Dtype = dtype
         path = folder / ARRAY
         bits = dtype == "bfloat16"
-        settings = {"write_empty_chunks": True}  # else every chunk is compared with the fill value first: 3x slower
+        # Without it every chunk is compared with the fill value before it is written, which takes 3 times as long.
+        settings: Any = {"write_empty_chunks": True}
         try:
             with space_checked(path):
                 self.array = zarr.create_array(
@@ -280,9 +281,7 @@ def _sync(file: Path) -> None:
         os.close(descriptor)
 
 
-def write_embeddings(
-    folder: Path, values: np.ndarray, rows_per_shard: int = 0, dtype: Dtype = "float32"
-) -> None:
+def write_embeddings(folder: Path, values: np.ndarray, rows_per_shard: int = 0, dtype: Dtype = "float32") -> None:
     """Write a whole in-memory table, (num_items, dim) float32, every row finite."""
     num_items, dim = values.shape
     writer = EmbeddingWriter(folder, num_items, dim, rows_per_shard, dtype)

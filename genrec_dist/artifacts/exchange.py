@@ -161,8 +161,8 @@ def import_embeddings(
             bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
             failed = [{"row": start + int(row), "reason": str(reasons[row]), "detail": path.name} for row in bad]
             writer.write(shard, values, failed)
-            for row in failed:
-                ledger.add(path.name, row["row"] + 1, row["reason"], "failed")
+            for row in bad:
+                ledger.add(path.name, start + int(row) + 1, str(reasons[row]), "failed")
     index = pa.array(np.arange(writer.num_items, dtype=np.int32))
     columns = {"item_index": index} | ({} if names is None else {"item_id": names})
     pq.write_table(pa.table(columns), folder / "ids.parquet")
@@ -228,7 +228,10 @@ def _map_safetensors(path: Path) -> np.ndarray:
 def _check_table(table: np.ndarray, path: Path, bits: bool = False) -> np.ndarray:
     if table.ndim != 2 or 0 in table.shape or not (bits or table.dtype.kind == "f"):
         raise DataError(
-            "not a table of floats", where=path, got=f"shape {table.shape}, {table.dtype}", expected="(items, dim) float"
+            "not a table of floats",
+            where=path,
+            got=f"shape {table.shape}, {table.dtype}",
+            expected="(items, dim) float",
         )
     return table
 

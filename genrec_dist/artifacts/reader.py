@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -90,7 +91,10 @@ class EmbeddingStore:
         index = np.asarray(items, np.int64)
         if len(index) and (index.min() < 0 or index.max() >= self.num_items):
             raise DataError(
-                "no such item", where=self.folder, got=f"{index.min()} to {index.max()}", expected=f"0..{self.num_items - 1}"
+                "no such item",
+                where=self.folder,
+                got=f"{index.min()} to {index.max()}",
+                expected=f"0..{self.num_items - 1}",
             )
         bad = np.isin(index, self.failed)
         if failed == "raise" and bad.any():
@@ -105,7 +109,7 @@ class EmbeddingStore:
         order = np.argsort(index // self.rows_per_shard, kind="stable")
         shard_of = index[order] // self.rows_per_shard
         bounds = np.flatnonzero(np.diff(shard_of, prepend=-1, append=-1))
-        for first, last in zip(bounds[:-1], bounds[1:]):
+        for first, last in pairwise(bounds.tolist()):
             shard, places = int(shard_of[first]), order[first:last]
             values[places] = self._raw(shard)[index[places] - shard * self.rows_per_shard]
         return self._checked(values, bad, index)
@@ -157,9 +161,14 @@ class EmbeddingStore:
             start, end = shard_rows(shard, self.num_items, self.rows_per_shard)
             finite = np.isfinite(self._as_float32(np.array(self._raw(shard)))).all(axis=1)
             recorded = np.isin(np.arange(start, end), self.failed)
-            for what, wrong in (("not finite, no failure recorded", ~finite & ~recorded), ("finite, recorded as failed", finite & recorded)):
+            for what, wrong in (
+                ("not finite, no failure recorded", ~finite & ~recorded),
+                ("finite, recorded as failed", finite & recorded),
+            ):
                 if wrong.any():
-                    problems.append(f"shard {shard}: {int(wrong.sum())} rows {what}, first {start + int(wrong.argmax())}")
+                    problems.append(
+                        f"shard {shard}: {int(wrong.sum())} rows {what}, first {start + int(wrong.argmax())}"
+                    )
         return problems + self._id_problems() + self._ledger_problems()
 
     def _id_problems(self) -> list[str]:
@@ -211,7 +220,7 @@ class EmbeddingStore:
         start, end = shard_rows(shard, self.num_items, self.rows_per_shard)
         values = self._map(shard, end - start) if self._is_plain else None
         if values is None:
-            return self.array[start:end]
+            return np.asarray(self.array[start:end])
         self._mapped[shard] = values
         while len(self._mapped) > MAX_MAPPED:
             self._mapped.popitem(last=False)

@@ -6,7 +6,6 @@ names of the shards say nothing: whoever reads them sorts by (file, line).
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -20,9 +19,9 @@ from genrec_dist.artifacts.files import write_json
 from genrec_dist.catalog import amazon, parquet
 from genrec_dist.catalog.locate import InputFile
 from genrec_dist.catalog.rows import SCHEMAS
-from genrec_dist.cluster import ensure_ray
+from genrec_dist.cluster import ensure_ray, quiet_ray_data
 from genrec_dist.config import RuntimeConfig
-from genrec_dist.errors import DataError, GenrecError
+from genrec_dist.errors import DataError, find_typed
 
 
 def parse_file(path: str, file: int, source: str, role: str) -> Iterator[pa.Table]:
@@ -112,27 +111,6 @@ def _write_with_ray(files: list[InputFile], source: str, role: str, out: Path, r
     try:
         dataset.write_parquet(str(out))
     except Exception as error:
-        raise _own_error(error) or DataError(
+        raise find_typed(error) or DataError(
             "reading the input failed in a Ray worker", where=role, got=f"{type(error).__name__}: {error}"
         ) from error
-
-
-def quiet_ray_data() -> None:
-    """Keep Ray Data's bars and notices off the terminal; its errors still come through."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # so that typed errors keep their type
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that the bars are off
-
-
-def _own_error(error: BaseException | None) -> GenrecError | None:
-    """The error a worker raised, from under Ray's wrapping."""
-    while error is not None:
-        if isinstance(error, GenrecError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from genrec_dist.artifacts.embeddings import write_embeddings
-from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.artifacts.files import write_json
+from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.collaborative.fusion import FusionModel, integrate
 from genrec_dist.collaborative.similarity import concat_pca, modality_similarity

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.artifacts.files import write_json
+from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.config import Config, GeneratorConfig
 from genrec_dist.errors import ArtifactError

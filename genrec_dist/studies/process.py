@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 
 from genrec_dist.artifacts.embeddings import ARRAY
-from genrec_dist.artifacts.reader import read_embeddings
+from genrec_dist.artifacts.reader import EmbeddingStore
 from genrec_dist.studies import paper, plots
 from genrec_dist.studies.blocks import (
     Block,
@@ -24,6 +24,7 @@ from genrec_dist.studies.blocks import (
     plain,
     seconds,
 )
+from genrec_dist.studies.embedding_facts import embedding_facts
 from genrec_dist.studies.run_data import RunData
 from genrec_dist.studies.tsne import tsne_maps
 
@@ -121,9 +122,27 @@ def _example_codes(data: RunData) -> Details | None:
 
 
 def embeddings_section(data: RunData) -> Section | None:
-    """Modality similarity (Table 4) and t-SNE maps (Figure 5)."""
-    blocks = [*_similarity(data), *_maps(data)]
+    """The text embeddings, modality similarity (Table 4) and t-SNE maps (Figure 5)."""
+    blocks = [*_text_embeddings(data), *_similarity(data), *_maps(data)]
     return Section("embeddings", "Embeddings", blocks) if blocks else None
+
+
+def _text_embeddings(data: RunData) -> list[Block]:
+    """Facts of the semantic stage, and what its ledger holds."""
+    report = data.json("semantic", "report.json")
+    if not report:
+        return []
+    blocks: list[Block] = [Table(["", "text embeddings"], [list(fact) for fact in embedding_facts(report)], "", {0, 1})]
+    counts = (data.json("semantic", "ledger.json") or {}).get("counts", {})
+    rows = [
+        [reason.replace("_", " "), action, plain(count)]
+        for reason, actions in counts.items()
+        for action, count in actions.items()
+    ]
+    if rows:
+        caption = "Ledger: items whose text had to be mended (kept) or that have no vector (failed)."
+        blocks.append(Table(["reason", "action", "items"], rows, caption, text_columns={0, 1}))
+    return blocks
 
 
 def _similarity(data: RunData) -> list[Block]:
@@ -158,7 +177,7 @@ def _maps(data: RunData) -> list[Block]:
     sources = {title: source for title, source in sources.items() if (source[0] / ARRAY).exists()}
     if num_items < 10 or not sources:
         return []
-    tables = {title: read_embeddings(folder) for title, (folder, _) in sources.items()}
+    tables = {title: EmbeddingStore(folder) for title, (folder, _) in sources.items()}
     keys = {title: data.key(stage) for title, (_, stage) in sources.items()}
     maps = tsne_maps(tables, keys, data.run.path, num_items, data.config.seed)
     caption = (
@@ -169,7 +188,7 @@ def _maps(data: RunData) -> list[Block]:
 
 
 def data_section(data: RunData) -> Section | None:
-    """Statistics of the catalog, what was dropped, and the semantic stage's report."""
+    """Statistics of the catalog, and what was dropped."""
     blocks: list[Block] = []
     stats = data.json("catalog", "stats.json")
     if stats:
@@ -192,9 +211,6 @@ def data_section(data: RunData) -> Section | None:
     oracle = data.json("catalog", "oracle.json")
     if oracle:
         blocks.append(Details("Oracle of the synthetic catalog", table=pairs(oracle)))
-    semantic = data.json("semantic", "report.json")
-    if semantic:
-        blocks.append(Details("Item text and its embeddings", table=pairs(semantic, text=True)))
     return Section("data", "Data", blocks) if blocks else None
 
 

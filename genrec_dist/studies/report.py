@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from genrec_dist import __version__
 from genrec_dist.artifacts.files import write_atomic
+from genrec_dist.config import WITHOUT_EVALUATION
 from genrec_dist.runs import RunFolder
 from genrec_dist.studies import process, results
 from genrec_dist.studies.run_data import RunData
@@ -57,7 +58,7 @@ def write_report(run: RunFolder) -> Path:
         name=run.path.name,
         protocol=results.protocol(data),
         tiles=results.headline_tiles(data),
-        finished=data.main is not None,
+        finished=data.main is not None or data.config.method in WITHOUT_EVALUATION,
         sections=sections,
         started=data.provenance.get("started", ""),
         version=__version__,

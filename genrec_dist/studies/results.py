@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from genrec_dist.config import WITHOUT_EVALUATION
 from genrec_dist.studies import paper, plots
 from genrec_dist.studies.blocks import (
     Block,
@@ -69,6 +70,8 @@ def headline_tiles(data: RunData) -> list[Tile]:
 
 def protocol(data: RunData) -> str:
     """How the headline was measured, in one line."""
+    if data.config.method in WITHOUT_EVALUATION:
+        return f"method {data.config.method} · embeddings of a catalog's items, no model is trained or evaluated"
     main = data.main or {}
     parts = [f"method {data.config.method}", f"order {main.get('order') or data.config.catalog.order}"]
     if main.get("users"):

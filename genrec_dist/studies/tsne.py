@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from genrec_dist.artifacts.files import write_atomic
+from genrec_dist.artifacts.reader import EmbeddingStore
 from genrec_dist.artifacts.store import content_key
 
 VERSION = 1
@@ -38,7 +39,7 @@ class Map:
 
 
 def tsne_maps(
-    tables: dict[str, np.ndarray], keys: dict[str, str], cache_folder: Path, num_items: int, seed: int
+    tables: dict[str, EmbeddingStore], keys: dict[str, str], cache_folder: Path, num_items: int, seed: int
 ) -> list[Map]:
     """Maps of several tables over one sample of items.
 
@@ -46,26 +47,23 @@ def tsne_maps(
     each table by itself: a colour means nothing across maps.
 
     Args:
-        tables: embedding tables by title; row i is item i in each.
+        tables: embedding tables by title; row i is item i in each. Only the sample is read.
         keys: content hash of each table's artifact, by title.
         cache_folder: run folder that keeps the maps.
         num_items: items drawn; all when there are fewer.
         seed: of the sample, k-means and t-SNE.
-
-    Shapes:
-        tables: (num_items, any width) float32.
     """
-    total = len(next(iter(tables.values())))
+    total = next(iter(tables.values())).num_items
     settings = {"items": min(num_items, total), "seed": seed, "clusters": NUM_CLUSTERS, "titles": list(tables)}
     key = content_key("tsne", VERSION, settings, keys)
     arrays = _load(cache_folder / CACHE, key)
     if arrays is None:
         sample = np.arange(total)
         if num_items < total:
-            sample = np.sort(np.random.default_rng(seed).choice(total, num_items, replace=False))
+            sample = np.sort(np.random.default_rng(seed).choice(total, num_items, replace=False, shuffle=False))
         arrays = {"key": np.array(key)}
         for i, table in enumerate(tables.values()):
-            arrays[f"points{i}"], arrays[f"clusters{i}"] = _lay_out(table[sample], seed)
+            arrays[f"points{i}"], arrays[f"clusters{i}"] = _lay_out(table.rows(sample, "zero"), seed)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         write_atomic(cache_folder / CACHE, buffer.getvalue())

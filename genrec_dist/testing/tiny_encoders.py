@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 MAX_POSITIONS = 128
 
@@ -23,7 +24,8 @@ def write_tiny_encoder(folder: Path, kind: str = "llama", *, seed: int = 0, dim:
     tokenizer = byte_tokenizer(kind)
     torch.manual_seed(seed)
     vocab, heads = len(tokenizer), dim // 32
-    common = {"vocab_size": vocab, "pad_token_id": None if kind == "llama" else tokenizer.pad_token_id}
+    common: dict[str, Any] = {"vocab_size": vocab, "pad_token_id": None if kind == "llama" else tokenizer.pad_token_id}
+    model: Any
     if kind == "t5":
         model = T5ForConditionalGeneration(
             T5Config(d_model=dim, d_kv=32, d_ff=2 * dim, num_layers=2, num_heads=heads, **common)

@@ -13,8 +13,8 @@ from genrec_dist.artifacts.embeddings import (
     ARRAY,
     EmbeddingWriter,
     failed_items,
-    pending_shards,
     iterate_records,
+    pending_shards,
     write_embeddings,
 )
 from genrec_dist.artifacts.reader import read_embeddings

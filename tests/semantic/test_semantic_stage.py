@@ -13,7 +13,7 @@ import pytest
 
 from genrec_dist.artifacts.embeddings import EmbeddingWriter, failed_items, pending_shards
 from genrec_dist.artifacts.files import read_json
-from genrec_dist.artifacts.reader import EmbeddingStore, read_embeddings
+from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.artifacts.store import ArtifactStore
 from genrec_dist.config import Config, RuntimeConfig, SemanticConfig, build_config
 from genrec_dist.errors import ClusterError, ConfigError, DataError, FailedRowsError

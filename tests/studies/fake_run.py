@@ -40,6 +40,21 @@ class FakeRun:
         self.num_items, self.num_users = num_items, num_users
         self.generator = np.random.default_rng(0)
 
+    def semantic_report(self) -> dict:
+        timing = {"workers": 1, "seconds": 0.4, "startup_seconds": 2.0, "items_per_second": 812.25}
+        return {
+            "engine": "vllm",
+            "model": "minilm",
+            "dim": 16,
+            "store_dtype": "bfloat16",
+            "max_tokens": 128,
+            "num_items": self.num_items,
+            "num_tokens": 40 * self.num_items,
+            "num_truncated": 6,
+            "num_failed": 2,
+            "timing": timing | {"tokens_per_second": 32_490.0},
+        }
+
     def add(self, title: str, write, state: str = "stage_built") -> Path:
         """Build one artifact with `write(folder)`, link it and say so in the events."""
         stage, key = title.split()[0], content_key("fake", 1, {"run": self.run.path.name, "title": title}, {})
@@ -87,7 +102,8 @@ class FakeRun:
 
         def write_semantic(out: Path) -> None:
             write_embeddings(out, self.semantic)
-            write_json(out / "report.json", {"items": self.num_items, "items_per_second": 812.25, "model": "minilm"})
+            write_json(out / "report.json", self.semantic_report())
+            write_json(out / "ledger.json", {"counts": {"empty_text": {"kept": 3}}, "listed": 3, "total": 3})
 
         def write_fusion(out: Path) -> None:
             write_embeddings(out, self.integrated)

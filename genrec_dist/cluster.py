@@ -57,7 +57,7 @@ def ensure_ray(runtime: RuntimeConfig) -> Any:
     python_path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     options["runtime_env"] = {"env_vars": {"PYTHONPATH": python_path}}
     try:
-        with _loopback_only(runtime.ray_address is None):
+        with loopback_only(_is_here(runtime.ray_address)):
             ray.init(**options)
     except Exception as error:
         raise ClusterError(
@@ -72,8 +72,8 @@ def ensure_ray(runtime: RuntimeConfig) -> Any:
 
 
 @contextmanager
-def _loopback_only(private: bool) -> Iterator[None]:
-    """Let a private Ray bind to 127.0.0.1.
+def loopback_only(private: bool = True) -> Iterator[None]:
+    """Let a private Ray, or the nodes of a cluster on this machine, bind to 127.0.0.1.
 
     `ray.init` replaces a loopback node address by the machine's reachable one, and then listens on every
     interface. Its processes bind to loopback when they are given 127.0.0.1, so the replacement is held off.
@@ -87,6 +87,11 @@ def _loopback_only(private: bool) -> Iterator[None]:
         yield
     finally:
         services.resolve_ip_for_localhost = original
+
+
+def _is_here(address: str | None) -> bool:
+    """True for a private Ray, and for one that was started on the loopback address."""
+    return address is None or address.startswith(("127.0.0.1:", "localhost:"))
 
 
 def _token_present() -> bool:

@@ -122,7 +122,8 @@ class Gatherer:
     def __init__(self, job: EmbedJob) -> None:
         self.embedder = _embedder(job)
         self.tokenizer = self.embedder.engine.tokenizer
-        self.open: dict[int, tuple[Prepared, set[int], float]] = {}
+        self.open: dict[int, tuple[Prepared, set[int]]] = {}
+        self.began = time.time()  # the start of the engines is in it: Ray does not say when they are ready
         self.done: list[dict] = []
 
     def add(self, row: dict[str, Any]) -> None:
@@ -130,8 +131,8 @@ class Gatherer:
         shard, text = int(row["shard"]), int(row["row"])
         if shard not in self.open:
             prepared = self.embedder.prepare(shard)
-            self.open[shard] = prepared, set(prepared.todo.tolist()), time.time()
-        prepared, missing, _ = self.open[shard]
+            self.open[shard] = prepared, set(prepared.todo.tolist())
+        prepared, missing = self.open[shard]
         if text not in missing:  # a task that Ray ran twice
             return
         missing.remove(text)
@@ -149,12 +150,12 @@ class Gatherer:
             if shard not in written and shard not in self.open:
                 prepared = self.embedder.prepare(shard)
                 if not len(prepared.todo):
-                    self.open[shard] = prepared, set(), time.time()
+                    self.open[shard] = prepared, set()
                     self._close(shard)
 
     def _close(self, shard: int) -> None:
-        prepared, _, started = self.open.pop(shard)
+        prepared, _ = self.open.pop(shard)
         self.embedder.write(prepared)
         tokens = prepared.info["tokens"]
-        row = {"items": len(prepared.vectors), "tokens": tokens, "started": started, "ended": time.time()}
+        row = {"items": len(prepared.vectors), "tokens": tokens, "started": self.began, "ended": time.time()}
         self.done.append({"shard": shard, **row})

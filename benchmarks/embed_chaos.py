@@ -15,8 +15,9 @@ import json
 import os
 import secrets
 import signal
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -70,16 +71,18 @@ class Chaos:
         self.total = num_shards(num_items, rows)
         self.kills = 0
         self.events: list[str] = []
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
 
     def done(self) -> float:
         return 1 - len(pending_shards(self.out, self.num_items, self.rows)) / self.total
 
-    def run(self) -> None:
+    def watch(self, driver: subprocess.Popen) -> None:
+        """Do harm until the driver ends."""
         rng = np.random.default_rng(0)
         one = everything = False
-        while not self.stop.wait(self.every):
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                driver.wait(self.every)
+                return
             share = self.done()
             if share > 1 / 3 and not one:
                 one = True
@@ -104,6 +107,7 @@ class Chaos:
             add_node(self.cluster)
 
     def kill(self, rng: np.random.Generator) -> None:
+        """Kill one worker that embeds."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -120,8 +124,8 @@ def add_node(cluster) -> None:
         cluster.add_node(num_cpus=1, object_store_memory=100 << 20, node_ip_address="127.0.0.1")
 
 
-def run(root: Path, name: str, args: argparse.Namespace, settings: SemanticConfig, chaos: bool) -> dict:
-    """One run of the stage on a fresh cluster of a head without cores and two worker nodes."""
+def run(root: Path, name: str, args: argparse.Namespace, chaos: bool) -> dict:
+    """One run of the stage, in a process of its own, on a cluster of a head without cores and two worker nodes."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": 200 << 20, "node_ip_address": "127.0.0.1"}
@@ -131,28 +135,46 @@ def run(root: Path, name: str, args: argparse.Namespace, settings: SemanticConfi
         add_node(cluster)
     out = root / name
     out.mkdir()
-    num_items = args.shards * args.rows
-    runtime = RuntimeConfig(
-        ray_address=cluster.address, num_embed_workers=2, num_threads=1, device="cpu", max_failures=5
-    )
-    trouble = Chaos(cluster, out, num_items, args.rows, args.kill_seconds)
-    if chaos:
-        trouble.thread.start()
+    trouble = Chaos(cluster, out, args.shards * args.rows, args.rows, args.kill_seconds)
+    options = ["--rows", args.rows, "--driver", cluster.address, "--root", root, "--name", name]
     began = time.time()
-    try:
-        events = root / f"{name}.jsonl"
-        inputs = {"catalog": root / "catalog"}
-        embed_catalog(StageContext(out=out, inputs=inputs, runtime=runtime, events_file=events), settings)
-        seconds = time.time() - began
-    finally:
-        trouble.stop.set()
-        leave_ray()
-        cluster.shutdown()
+    with open(root / f"{name}.log", "w", encoding="utf-8") as log:
+        driver = subprocess.Popen([sys.executable, __file__, *map(str, options)], stdout=log, stderr=log)
+        try:
+            if chaos:
+                trouble.watch(driver)
+            driver.wait()
+        finally:
+            driver.kill()
+    seconds = time.time() - began
+    cluster.shutdown()
+    if driver.returncode:
+        raise SystemExit(f"{name} failed:\n{(root / f'{name}.log').read_text()[-3000:]}")
     first = min(file.stat().st_mtime for file in (out / "shards").glob("*.json"))
     result = {"run": name, "seconds": round(seconds, 1), "from_first_shard": round(began + seconds - first, 1)}
     result |= {"kills": trouble.kills, "events": trouble.events}
     print(json.dumps(result), flush=True)
     return result
+
+
+def drive(args: argparse.Namespace) -> None:
+    """The stage itself, as a driver that joins the cluster."""
+    settings = SemanticConfig(
+        engine="transformers",
+        model=str(args.root / "model"),
+        template="{title}",
+        rows_per_shard=args.rows,
+        max_tokens=128,
+    )
+    runtime = RuntimeConfig(ray_address=args.driver, num_embed_workers=2, num_threads=1, device="cpu", max_failures=5)
+    context = StageContext(
+        out=args.root / args.name,
+        inputs={"catalog": args.root / "catalog"},
+        runtime=runtime,
+        events_file=args.root / f"{args.name}.jsonl",
+    )
+    embed_catalog(context, settings)
+    leave_ray()
 
 
 def compare(root: Path, num_items: int) -> None:
@@ -179,15 +201,18 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=64, help="rows of a shard")
     parser.add_argument("--kill-seconds", type=float, default=5.0)
+    for name in ("--driver", "--name"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.driver:
+        drive(args)
+        return
     root = Path(tempfile.mkdtemp(prefix="chaos-"))
     write_items(root / "catalog", args.shards * args.rows)
-    model = write_tiny_encoder(root / "model", "llama")
-    settings = SemanticConfig(
-        engine="transformers", model=str(model), template="{title}", rows_per_shard=args.rows, max_tokens=128
-    )
-    calm = run(root, "calm", args, settings, chaos=False)
-    chaos = run(root, "chaos", args, settings, chaos=True)
+    write_tiny_encoder(root / "model", "llama")
+    calm = run(root, "calm", args, chaos=False)
+    chaos = run(root, "chaos", args, chaos=True)
     compare(root, args.shards * args.rows)
     ratio = chaos["seconds"] / calm["seconds"]
     print(

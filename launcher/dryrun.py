@@ -35,7 +35,7 @@ from launcher.run import has_unfinished, is_finished, trained_sections
 
 DEFAULT_DIM = 768
 LARGE_MODEL = 1_000_000_000
-H100_TFLOPS = 400
+H100_TFLOPS = 480
 """What one H100 was measured to do in this stage, rounded down (docs/results, Llama2-7b in bfloat16)."""
 
 

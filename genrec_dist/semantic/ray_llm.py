@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from genrec_dist.cluster import quiet_ray_data
-from genrec_dist.semantic.encoders import resolve_model
+from genrec_dist.semantic.encoders import ModelSource, resolve_model
 from genrec_dist.semantic.tokens import TextTokenizer
 from genrec_dist.semantic.vllm_engine import CALL_TEXTS, engine_arguments, environment, load_tokenizer
 from genrec_dist.semantic.worker import EmbedJob, Prepared, ShardEmbedder
@@ -104,12 +104,15 @@ def _vector(row: dict) -> dict:
 
 def _embedder(job: EmbedJob) -> ShardEmbedder:
     """A worker that can prepare and write shards, and has no engine."""
+    return ShardEmbedder(job, _remote_engine(resolve_model(job.settings), job.settings.max_tokens))
+
+
+@lru_cache(maxsize=1)  # a task is a shard; its process serves many
+def _remote_engine(source: ModelSource, max_tokens: int) -> RemoteEngine:
     from transformers import AutoConfig
 
-    source = resolve_model(job.settings)
     config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
-    tokenizer = load_tokenizer(source, config, job.settings.max_tokens)
-    return ShardEmbedder(job, RemoteEngine(int(config.hidden_size), tokenizer))
+    return RemoteEngine(int(config.hidden_size), load_tokenizer(source, config, max_tokens))
 
 
 class Gatherer:
@@ -121,19 +124,22 @@ class Gatherer:
 
     def __init__(self, job: EmbedJob) -> None:
         self.embedder = _embedder(job)
-        self.tokenizer = self.embedder.engine.tokenizer
+        self.tokenizer = self.embedder.tokenizer
         self.open: dict[int, tuple[Prepared, set[int]]] = {}
         self.began = time.time()  # the start of the engines is in it: Ray does not say when they are ready
         self.done: list[dict] = []
+        self.written: set[int] = set()
 
     def add(self, row: dict[str, Any]) -> None:
         """Take one vector, or the error in its place."""
         shard, text = int(row["shard"]), int(row["row"])
+        if shard in self.written:  # a task that Ray ran twice
+            return
         if shard not in self.open:
             prepared = self.embedder.prepare(shard)
             self.open[shard] = prepared, set(prepared.todo.tolist())
         prepared, missing = self.open[shard]
-        if text not in missing:  # a task that Ray ran twice
+        if text not in missing:
             return
         missing.remove(text)
         if row["error"]:
@@ -145,9 +151,8 @@ class Gatherer:
 
     def finish(self, pending: list[int]) -> None:
         """Write the shards of which no text had to be embedded."""
-        written = {row["shard"] for row in self.done}
         for shard in pending:
-            if shard not in written and shard not in self.open:
+            if shard not in self.written and shard not in self.open:
                 prepared = self.embedder.prepare(shard)
                 if not len(prepared.todo):
                     self.open[shard] = prepared, set()
@@ -156,6 +161,7 @@ class Gatherer:
     def _close(self, shard: int) -> None:
         prepared, _ = self.open.pop(shard)
         self.embedder.write(prepared)
+        self.written.add(shard)
         tokens = prepared.info["tokens"]
         row = {"items": len(prepared.vectors), "tokens": tokens, "started": self.began, "ended": time.time()}
         self.done.append({"shard": shard, **row})

@@ -80,7 +80,7 @@ def _run_pool(job: EmbedJob, pending: list[int], workers: int, cores: int, gpus:
         ShardEmbedder,
         fn_constructor_args=(job,),
         batch_size=None,  # a block: the shards of one task
-        compute=ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
+        compute=ActorPoolStrategy(size=workers),  # a pool that shrinks at the end has no worker ready when one is lost
         # The shard numbers are handed over without tasks, so workers may reserve every core. More threads than
         # cores, if the user says so, must not leave a worker waiting for ever.
         num_cpus=cores,

@@ -93,6 +93,7 @@ def environment(device: str, num_threads: int) -> dict[str, str]:
     values = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",  # the processes of an engine are on one node, and meet there
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     }
     if device == "cpu":

@@ -29,6 +29,7 @@ from genrec_dist.semantic.engine import EmbeddingEngine, batch_limits, create_en
 from genrec_dist.semantic.journal import CrashJournal
 from genrec_dist.semantic.reuse import KnownTexts, keys_file, text_keys
 from genrec_dist.semantic.text import FIELDS, item_texts
+from genrec_dist.semantic.tokens import TextTokenizer
 
 EXIT_ENGINE_LOST = 70
 
@@ -88,8 +89,17 @@ class EmbedJob:
 class Prepared:
     """A shard that is read and tokenised.
 
+    Args:
+        shard: its number.
+        start: item index of its first row.
+        vectors: filled in by copying and embedding.
+        todo: rows to embed.
+        ids: token ids by row.
+        failed: `{"row": item index, "reason", "detail"}` of rows that get no vector.
+        info: what the shard's record keeps.
+
     Shapes:
-        vectors: (n, dim) float32, NaN but for copied rows. todo: (m,) int64, rows to embed. lengths: (m,) int64.
+        vectors: (n, dim) float32, NaN where there is none (yet). todo: (m,) int64.
     """
 
     shard: int
@@ -121,6 +131,11 @@ class ShardEmbedder:
         if self._engine is None:
             self._engine = create_engine(self.job.settings, self.job.device, self.job.num_threads, self.job.vllm)
         return self._engine
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """Of the first engine; the thread that reads must not make another one when that is lost."""
+        return self.engine.tokenizer
 
     @cached_property
     def writer(self) -> EmbeddingWriter:
@@ -157,7 +172,7 @@ class ShardEmbedder:
     def _embed_shards(self, shards: list[int]) -> list[dict[str, float]]:
         left = [shard for shard in shards if not record_path(self.job.out, shard).exists()]
         if left:
-            _ = self.writer  # loads the engine before the clock starts
+            _ = self.writer, self.tokenizer  # loads the engine, before the clock starts and there are threads
         done = {}
         writing: Future | None = None
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
@@ -193,7 +208,7 @@ class ShardEmbedder:
         _save(keys_file(job.scratch, shard), keys)
         vectors, copied = self._copied(keys)
         todo = np.flatnonzero(~copied)
-        ids, cut = self.engine.tokenizer([texts[row] for row in todo])
+        ids, cut = self.tokenizer([texts[row] for row in todo])
         tokens = dict(zip(todo.tolist(), ids))
         failed = [
             {"row": start + row, "reason": "no_tokens", "detail": "the tokenizer finds nothing in the text"}
@@ -203,7 +218,7 @@ class ShardEmbedder:
         info = {
             "tokens": 0,
             "truncated": int(cut.sum()),
-            "max_tokens": self.engine.tokenizer.max_tokens,
+            "max_tokens": self.tokenizer.max_tokens,
             "copied": int(copied.sum()),
             "kept": [{"row": start + row, "reason": reason, "detail": detail} for row, reason, detail in notes],
         }
@@ -212,7 +227,7 @@ class ShardEmbedder:
 
     def _copied(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A table of NaN with the vectors of known texts filled in, and which rows those are."""
-        vectors = np.full((len(keys), self.engine.dim), np.nan, np.float32)
+        vectors = np.full((len(keys), self.writer.dim), np.nan, np.float32)
         copied = np.zeros(len(keys), bool)
         for source in self.known:
             rows = source.find(keys)
@@ -264,12 +279,12 @@ class ShardEmbedder:
             else:
                 self.fail(prepared, rows[0], "embedding_error", f"{type(error).__name__}: {error}"[:200])
             return
-        if values.shape != (len(rows), self.engine.dim):
+        if values.shape != (len(rows), self.writer.dim):
             raise DataError(
                 "embedding engine returned the wrong shape",
                 where=self.job.settings.engine,
                 got=values.shape,
-                expected=(len(rows), self.engine.dim),
+                expected=(len(rows), self.writer.dim),
             )
         self.keep(rows, values, prepared)
 

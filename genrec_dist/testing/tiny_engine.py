@@ -7,15 +7,18 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import numpy as np
 
+from genrec_dist.semantic.engine import EmbeddingEngine
+from genrec_dist.semantic.tokens import TextTokenizer
 from genrec_dist.semantic.worker import EmbedJob, ShardEmbedder
 
 DIM = 32
 
 
-class ByteTokenizer:
+class ByteTokenizer(TextTokenizer):
     """One token a byte of UTF-8.
 
     Args:
@@ -91,10 +94,12 @@ class TinyEmbedder(ShardEmbedder):
         super().__init__(job)
 
     @property
-    def engine(self) -> TinyEngine:
+    def engine(self) -> EmbeddingEngine:
         if self._engine is None:
-            self._engine = TinyEngine(self.job.settings.max_tokens, self.seconds)
-        return self._engine  # type: ignore[return-value]
+            made: Any = TinyEngine(self.job.settings.max_tokens, self.seconds)
+            self._engine = made
+            return made
+        return self._engine
 
 
 class SlowTinyEmbedder(TinyEmbedder):

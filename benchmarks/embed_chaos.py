@@ -4,6 +4,9 @@ Nodes are raylets on this machine. A worker is killed every few seconds; after a
 and another added; after two thirds all worker nodes are removed and new ones added. At the end ids must be complete
 and every byte of the array must equal that of the run without faults.
 
+The engine `tiny` sleeps a thirtieth of a second a batch, as a host does whose GPU works, and starts at once: it shows
+what this project adds to a lost worker. `llama` is a tiny Llama in transformers, whose start takes seconds of a core.
+
     python benchmarks/embed_chaos.py --shards 1000 --kill-seconds 5
 """
 
@@ -33,8 +36,10 @@ from genrec_dist.artifacts.reader import EmbeddingStore
 from genrec_dist.cluster import leave_ray, loopback_only
 from genrec_dist.config import RuntimeConfig, SemanticConfig
 from genrec_dist.pipeline import StageContext
+from genrec_dist.semantic import ray_workers
 from genrec_dist.semantic.stage import embed_catalog
 from genrec_dist.testing.tiny_encoders import write_tiny_encoder
+from genrec_dist.testing.tiny_engine import GpuTinyEmbedder
 
 
 def write_items(folder: Path, num_items: int) -> None:
@@ -111,7 +116,7 @@ class Chaos:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if "MapWorker(MapBatches(ShardEmbedder)" in " ".join(process.cmdline()):
+                if "MapWorker(MapBatches(" in " ".join(process.cmdline()):
                     found.append(process.pid)
         if found:
             with contextlib.suppress(ProcessLookupError):
@@ -136,7 +141,18 @@ def run(root: Path, name: str, args: argparse.Namespace, chaos: bool) -> dict:
     out = root / name
     out.mkdir()
     trouble = Chaos(cluster, out, args.shards * args.rows, args.rows, args.kill_seconds)
-    options = ["--rows", args.rows, "--driver", cluster.address, "--root", root, "--name", name]
+    options = [
+        "--engine",
+        args.engine,
+        "--rows",
+        args.rows,
+        "--driver",
+        cluster.address,
+        "--root",
+        root,
+        "--name",
+        name,
+    ]
     began = time.time()
     with open(root / f"{name}.log", "w", encoding="utf-8") as log:
         driver = subprocess.Popen([sys.executable, __file__, *map(str, options)], stdout=log, stderr=log)
@@ -159,6 +175,8 @@ def run(root: Path, name: str, args: argparse.Namespace, chaos: bool) -> dict:
 
 def drive(args: argparse.Namespace) -> None:
     """The stage itself, as a driver that joins the cluster."""
+    if args.engine == "tiny":
+        ray_workers.ShardEmbedder = GpuTinyEmbedder  # type: ignore[misc]
     settings = SemanticConfig(
         engine="transformers",
         model=str(args.root / "model"),
@@ -199,7 +217,8 @@ def compare(root: Path, num_items: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shards", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=64, help="rows of a shard")
+    parser.add_argument("--rows", type=int, default=32, help="rows of a shard")
+    parser.add_argument("--engine", choices=("tiny", "llama"), default="tiny")
     parser.add_argument("--kill-seconds", type=float, default=5.0)
     for name in ("--driver", "--name"):
         parser.add_argument(name, help=argparse.SUPPRESS)

@@ -106,3 +106,9 @@ class SlowTinyEmbedder(TinyEmbedder):
     """A tenth of a second a batch, so that there is something to interrupt."""
 
     seconds = 0.1
+
+
+class GpuTinyEmbedder(TinyEmbedder):
+    """A thirtieth of a second a batch, in which the host rests, as it does while a GPU works."""
+
+    seconds = 1 / 30

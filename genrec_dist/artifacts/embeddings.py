@@ -30,6 +30,8 @@ SHARD_BYTES = 16 << 20
 MAX_SHARD_ROWS = 2048
 CHUNK_BYTES = 1 << 20
 BFLOAT16_NAN = 0x7FC0
+OVERFLOW = {"float16": 65520.0, "bfloat16": float.fromhex("0x1.ffp127")}
+"""Least values that round to infinity."""
 
 
 def bytes_per_value(dtype: Dtype) -> int:
@@ -88,20 +90,35 @@ def failed_items(folder: Path) -> np.ndarray:
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 -> bits of bfloat16, rounded to nearest even; every NaN becomes one NaN.
+    """float32 -> bits of bfloat16, rounded to nearest even; NaN stays NaN.
 
     Shapes:
         values: any shape, float32. returns: the same shape, uint16.
     """
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    rounded[np.isnan(values)] = BFLOAT16_NAN
-    return rounded
+    import torch  # twenty times as fast as numpy's integer operations
+
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     """Bits of bfloat16 (uint16) -> float32, exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def finite_rows(values: np.ndarray) -> np.ndarray:
+    """Rows without NaN and infinity.
+
+    Their sum is finite, that of the others never is, and only a sum that overflowed has to be looked at again: one pass
+    without a copy.
+
+    Shapes:
+        values: (n, dim) float32. returns: (n,) bool.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        finite = np.isfinite(values.sum(axis=1))
+    doubtful = np.flatnonzero(~finite)
+    finite[doubtful] = np.isfinite(values[doubtful]).all(axis=1)
+    return finite
 
 
 def stored_dtype(array: zarr.Array) -> Dtype:
@@ -225,8 +242,7 @@ class EmbeddingWriter:
                 got=values.shape,
                 expected=(end - start, self.dim),
             )
-        stored, finite = self._encode(values)
-        bad = set((start + np.flatnonzero(~finite)).tolist())
+        bad = set((start + np.flatnonzero(~finite_rows(values) | self.overflows(values))).tolist())
         named = {row["row"] for row in failed or []}
         if bad != named:
             raise DataError(
@@ -237,8 +253,8 @@ class EmbeddingWriter:
             )
         record = {"shard": shard, "rows": [start, end], "failed": failed or [], "info": info or {}}
         with space_checked(self.folder / ARRAY):
-            self.array[start:end] = stored
-            _sync(shard_file(self.folder, shard))
+            self.array[start:end] = self._encode(values)
+            sync(shard_file(self.folder, shard))
             write_json(record_path(self.folder, shard), record)
 
     def overflows(self, values: np.ndarray) -> np.ndarray:
@@ -247,16 +263,17 @@ class EmbeddingWriter:
         Shapes:
             values: (n, dim) float32. returns: (n,) bool.
         """
-        return np.isfinite(values).all(axis=1) & ~self._encode(values)[1]
+        if self.dtype == "float32":
+            return np.zeros(len(values), bool)
+        peak = np.maximum(values.max(axis=1), -values.min(axis=1))
+        return finite_rows(values) & (peak >= OVERFLOW[self.dtype])
 
-    def _encode(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values as they are stored, and which rows are finite in that form."""
+    def _encode(self, values: np.ndarray) -> np.ndarray:
+        """Values as they are stored."""
         if self.dtype == "bfloat16":
-            bits = to_bfloat16(values)
-            return bits, ((bits & 0x7F80) != 0x7F80).all(axis=1)
+            return to_bfloat16(values)
         with np.errstate(over="ignore"):
-            stored = values.astype(self.dtype, copy=False)
-        return stored, np.isfinite(stored).all(axis=1)
+            return values.astype(self.dtype, copy=False)
 
 
 def _chunk_rows(rows_per_shard: int, row_bytes: int) -> int:
@@ -272,7 +289,7 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / ARRAY / "c" / str(shard) / "0"
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
     """Make a file durable before anything says that it is there."""
     descriptor = os.open(file, os.O_RDONLY)
     try:

@@ -22,6 +22,7 @@ import zarr
 from genrec_dist.artifacts.embeddings import (
     ARRAY,
     failed_items,
+    finite_rows,
     from_bfloat16,
     num_shards,
     pending_shards,
@@ -29,6 +30,7 @@ from genrec_dist.artifacts.embeddings import (
     shard_rows,
     stored_dtype,
 )
+from genrec_dist.artifacts.files import read_json
 from genrec_dist.errors import ArtifactError, DataError
 
 MAX_MAPPED = 1024
@@ -159,7 +161,7 @@ class EmbeddingStore:
         problems = []
         for shard in range(self.num_shards):
             start, end = shard_rows(shard, self.num_items, self.rows_per_shard)
-            finite = np.isfinite(self._as_float32(np.array(self._raw(shard)))).all(axis=1)
+            finite = finite_rows(self._as_float32(np.array(self._raw(shard))))
             recorded = np.isin(np.arange(start, end), self.failed)
             for what, wrong in (
                 ("not finite, no failure recorded", ~finite & ~recorded),
@@ -181,12 +183,18 @@ class EmbeddingStore:
         return []
 
     def _ledger_problems(self) -> list[str]:
-        file = self.folder / "ledger.parquet"
-        if not file.exists():
+        summary = self.folder / "ledger.json"
+        if not summary.exists():
             return []
-        rows = pq.read_table(file, columns=["line", "action"], filters=[("action", "=", "failed")])["line"].to_numpy()
-        if len(rows) <= len(self.failed) and not np.array_equal(np.sort(rows) - 1, self.failed[: len(rows)]):
-            return ["ledger.parquet: failed rows differ from the shards' records"]
+        ledger = read_json(summary)
+        counted = sum(actions.get("failed", 0) for actions in ledger["counts"].values())
+        if counted != len(self.failed):
+            return [f"ledger.json: {counted} failed items, the shards' records have {len(self.failed)}"]
+        if ledger["listed"] < ledger["total"]:  # the rest is counted only
+            return []
+        rows = pq.read_table(self.folder / "ledger.parquet", filters=[("action", "=", "failed")])["line"].to_numpy()
+        if not np.array_equal(np.sort(rows) - 1, self.failed):
+            return ["ledger.parquet: failed items differ from the shards' records"]
         return []
 
     @property
@@ -199,7 +207,7 @@ class EmbeddingStore:
     def _checked(self, values: np.ndarray, bad: np.ndarray, index: np.ndarray) -> np.ndarray:
         """As float32, failed rows zero, every other row finite."""
         floats = self._as_float32(values)
-        finite = np.isfinite(floats).all(axis=1)
+        finite = finite_rows(floats)
         if not np.array_equal(finite, ~bad):
             wrong = index[finite == bad]
             raise ArtifactError(

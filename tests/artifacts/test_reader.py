@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from genrec_dist.artifacts.embeddings import (
     ARRAY,
+    OVERFLOW,
     EmbeddingWriter,
     choose_rows_per_shard,
+    finite_rows,
     from_bfloat16,
     shard_file,
     to_bfloat16,
@@ -48,9 +50,29 @@ def write(folder: Path, values: np.ndarray, rows_per_shard: int, dtype: str, fai
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20))
-def test_bfloat16_rounds_as_torch_does(values):
+def test_bfloat16_rounds_to_nearest_even(values):
     array = np.array(values, np.float32)
-    assert np.array_equal(from_bfloat16(to_bfloat16(array)), rounded(array, "bfloat16"))
+    bits = array.view(np.uint32).astype(np.uint64)
+    by_hand = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    assert np.array_equal(to_bfloat16(array), by_hand)
+    assert np.array_equal(from_bfloat16(by_hand), rounded(array, "bfloat16"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(width=32), min_size=1, max_size=8), st.integers(1, 4))
+def test_finite_rows_are_those_without_nan_and_infinity(values, rows):
+    table = np.array([values] * rows, np.float32)
+    table[-1] = np.finfo(np.float32).max
+    assert np.array_equal(finite_rows(table), np.isfinite(table).all(axis=1))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_limits_of_a_dtype_are_exact(tmp_path, dtype):
+    limit = np.float32(OVERFLOW[dtype])
+    values = np.array([[limit, 1], [np.nextafter(limit, np.float32(0)), 1], [1, -limit], [np.nan, limit]], np.float32)
+    assert EmbeddingWriter(tmp_path, 4, 2, 4, dtype).overflows(values).tolist() == [True, False, True, False]
+    stored = torch.from_numpy(values[:3]).to(getattr(torch, dtype)).isinf().any(1)
+    assert stored.tolist() == [True, False, True]
 
 
 def test_bfloat16_keeps_nan_whatever_its_bits():

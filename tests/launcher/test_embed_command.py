@@ -99,7 +99,7 @@ def test_verify_looks_at_the_rows(copy):
     broken = copy("data", "verify", str(folder), script=REAL)
     assert broken.returncode == 3
     assert "finite, recorded as failed" in broken.stdout
-    assert "ledger.parquet" in broken.stdout
+    assert "ledger.json: 0 failed items, the shards' records have 1" in broken.stdout
 
 
 def test_export_import_and_a_run_on_the_file(copy):

@@ -22,7 +22,7 @@ TITLES = [f"{'word ' * (n % 7)}item{n}" for n in range(50)]
 
 @pytest.fixture
 def catalog(tmp_path):
-    return write_items(tmp_path / "catalog", TITLES).parent
+    return write_items(tmp_path / "catalog", TITLES, row_group_size=50).parent
 
 
 def config(model: str, **semantic):
@@ -87,10 +87,10 @@ def test_rows_of_a_long_file_are_estimated(tmp_path, monkeypatch, compressed):
     path = tmp_path / ("meta.json.gz" if compressed else "meta.json")
     with gzip.open(path, "wt") if compressed else open(path, "w") as file:
         file.writelines(lines)
-    assert pricing._count_rows(InputFile(path.name, path), "amazon2014") == pytest.approx(20_000, rel=0.15)
+    assert pricing._count_rows(InputFile(path, path.name), "amazon2014") == pytest.approx(20_000, rel=0.15)
     with gzip.open(path, "wt") if compressed else open(path, "w") as file:
         file.writelines(lines[:50])
-    assert pricing._count_rows(InputFile(path.name, path), "amazon2014") == 50
+    assert pricing._count_rows(InputFile(path, path.name), "amazon2014") == 50
 
 
 def test_items_of_input_files_are_sampled_before_there_is_a_catalog(tmp_path, catalog):

@@ -21,8 +21,6 @@ from genrec_dist.artifacts.embeddings import (
     ARRAY,
     EmbeddingWriter,
     choose_rows_per_shard,
-    shard_file,
-    sync,
     to_bfloat16,
 )
 from genrec_dist.artifacts.reader import EmbeddingStore
@@ -49,8 +47,7 @@ def write_zarr(folder: Path, shards: list[np.ndarray], rows: int, dtype: str) ->
     writer = EmbeddingWriter(folder, rows * len(shards), DIM, rows, dtype)  # type: ignore[arg-type]
     began = time.perf_counter()
     for number, values in enumerate(shards):
-        writer.array[number * rows : (number + 1) * rows] = values
-        sync(shard_file(folder, number))
+        writer.write_array(number, values)
     return time.perf_counter() - began
 
 
@@ -76,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: the temporary one")
     parser.add_argument("--gib", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="io-", dir=args.folder))
     try:
@@ -98,18 +95,23 @@ def measure(root: Path, dtype: str, gib: float, rounds: int) -> None:
     raw = values if dtype == "float32" else [to_bfloat16(v) for v in values]
     encoded = [raw[n % len(raw)] for n in range(count)]
     size = count * rows * DIM * width / 1e6
-    plain, ours, whole = [], [], []
-    for _ in range(rounds):
-        for folder in ("plain", "zarr"):
-            shutil.rmtree(root / folder, ignore_errors=True)
-        os.sync()
-        plain.append(size / write_plain(root / "plain", plain_shards))
-        os.sync()
-        ours.append(size / write_zarr(root / "zarr", encoded, rows, dtype))
-        shutil.rmtree(root / "zarr")
-        os.sync()
-        whole.append(size / write_shards(root / "zarr", shards, rows, dtype))
-    ratios = [median(b / a for a, b in zip(plain, values)) for values in (ours, whole)]
+    writers = {
+        "plain": lambda: write_plain(root / "plain", plain_shards),
+        "shards": lambda: write_zarr(root / "zarr", encoded, rows, dtype),
+        "whole": lambda: write_shards(root / "zarr", shards, rows, dtype),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in writers}
+    names = list(writers)
+    for repeat in range(rounds):
+        for name in names[repeat % 3 :] + names[: repeat % 3]:  # what is written after another pays for its flushing
+            for folder in ("plain", "zarr"):
+                shutil.rmtree(root / folder, ignore_errors=True)
+            os.sync()
+            speeds[name].append(size / writers[name]())
+    shutil.rmtree(root / "zarr", ignore_errors=True)
+    writers["whole"]()
+    plain, ours, whole = speeds.values()
+    ratios = [median(values) / median(plain) for values in (ours, whole)]
     print(f"{dtype}, {count} shards of {rows} x {DIM}, {size:.0f} MB, median of {rounds}")
     print(
         f"  write, made durable: plain files {median(plain):.0f} MB/s, Zarr shards {median(ours):.0f} MB/s (ratio "

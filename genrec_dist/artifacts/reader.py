@@ -21,9 +21,12 @@ import zarr
 
 from genrec_dist.artifacts.embeddings import (
     ARRAY,
+    CHECKSUM,
+    INDEX_ENTRY,
     failed_items,
     finite_rows,
     from_bfloat16,
+    is_plain,
     num_shards,
     pending_shards,
     shard_file,
@@ -34,8 +37,6 @@ from genrec_dist.artifacts.files import read_json
 from genrec_dist.errors import ArtifactError, DataError
 
 MAX_MAPPED = 1024
-INDEX_ENTRY = 16
-CHECKSUM = 4
 
 
 class EmbeddingStore:
@@ -236,21 +237,7 @@ class EmbeddingStore:
 
     @cached_property
     def _is_plain(self) -> bool:
-        """True when a shard file is raw little-endian chunks and an index at the end."""
-        from zarr.codecs import BytesCodec, ShardingCodec
-
-        metadata = self.array.metadata
-        codec = metadata.codecs[0]  # type: ignore[union-attr]
-        return (
-            len(metadata.codecs) == 1  # type: ignore[union-attr]
-            and isinstance(codec, ShardingCodec)
-            and len(codec.codecs) == 1
-            and isinstance(codec.codecs[0], BytesCodec)
-            and getattr(codec.codecs[0].endian, "value", None) == "little"
-            and codec.index_location.value == "end"
-            and len(codec.index_codecs) == 2  # bytes and checksum
-            and self.array.chunks[1] == self.dim
-        )
+        return is_plain(self.array)
 
     def _map(self, shard: int, rows: int) -> np.ndarray | None:
         """Map a shard whose chunks lie one after the other; None when they do not."""

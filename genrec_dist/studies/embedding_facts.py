@@ -17,7 +17,10 @@ def embedding_facts(report: dict) -> list[tuple[str, str]]:
             "vectors",
             f"{items - report['num_failed']:,} of width {report['dim']}, {report.get('store_dtype', 'float32')}",
         ),
-        ("without a vector", f"{report['num_failed']:,}; each in ledger.parquet with its cause"),
+        (
+            "without a vector",
+            f"{report['num_failed']:,}, each in ledger.parquet with its cause" if report["num_failed"] else "none",
+        ),
     ]
     if report["engine"] == "precomputed":
         return [*facts, ("unknown ids in the file", f"{report['num_unknown_items']:,}")]

@@ -325,6 +325,11 @@ class Config(Section):
     report: ReportConfig = ReportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
+    @property
+    def active_references(self) -> list[Reference]:
+        """References of the run; none beside a method that recommends nothing."""
+        return [] if self.method in WITHOUT_EVALUATION else self.references
+
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:

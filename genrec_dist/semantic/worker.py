@@ -271,7 +271,7 @@ class ShardEmbedder:
             raise
         except Exception as error:  # whatever a library raises on some text
             if not self.engine.survives(error):
-                self._lose_engine(error, rows, journal)
+                self._lose_engine(error, journal)
                 self._embed_rows(rows, prepared, journal)
             elif len(rows) > 1:
                 for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
@@ -307,12 +307,12 @@ class ShardEmbedder:
         """Name a row that gets no vector."""
         prepared.failed.append({"row": prepared.start + row, "reason": reason, "detail": detail})
 
-    def _lose_engine(self, error: Exception, rows: list[int], journal: CrashJournal) -> None:
+    def _lose_engine(self, error: Exception, journal: CrashJournal) -> None:
         """Leave a broken engine: with the process where that is allowed, as only a fresh one is surely sound."""
         logging.getLogger(__name__).error("embedding engine is lost: %s: %s", type(error).__name__, error)
         if self.job.expendable:
             os._exit(EXIT_ENGINE_LOST)  # the journal still says what was in the engine
-        journal.blame(journal.key(rows))
+        journal.died()
         self._engine = None
 
     def write(self, prepared: Prepared) -> None:

@@ -33,6 +33,28 @@ def test_what_ended_well_is_not_blamed(tmp_path):
     assert not (tmp_path / "7.json").exists()
 
 
+def test_deaths_count_only_on_end(tmp_path):
+    path = tmp_path / "7.json"
+    for _ in range(5):  # killed from outside: now with this batch in the engine, now with the next
+        CrashJournal(path).begin([1, 2])
+        journal = CrashJournal(path)
+        journal.begin([1, 2])
+        journal.begin([3])
+    assert CrashJournal(path).deaths == {"3": 5}
+    journal = CrashJournal(path)
+    journal.begin([3])
+    journal.end()
+    assert CrashJournal(path).deaths == {}
+
+
+def test_an_engine_that_dies_without_its_process_counts(tmp_path):
+    journal = CrashJournal(tmp_path / "7.json")
+    for _ in range(BATCH_DEATHS):
+        journal.begin([1, 2])
+        journal.died()
+    assert journal.is_suspect([1, 2])
+
+
 def test_a_damaged_journal_is_an_empty_one(tmp_path):
     (tmp_path / "7.json").write_text("{half")
     assert CrashJournal(tmp_path / "7.json").deaths == {}

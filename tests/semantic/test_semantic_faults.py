@@ -123,10 +123,12 @@ def test_a_text_that_kills_its_process_is_given_up_and_the_rest_completes(tmp_pa
     check(ctx.out, titles, {13: "engine_crash"})
 
 
-def killer(stop: threading.Event, every: float, kills: list[int]) -> None:
-    """Kill a random embedding actor again and again."""
+def killer(stop: threading.Event, every: int, records: Path, kills: list[int]) -> None:
+    """Kill a random embedding actor each time that so many more shards are done."""
     rng = np.random.default_rng(0)
-    while not stop.wait(every):
+    while not stop.wait(0.01):
+        if len(list(records.glob("*.json"))) < every * (len(kills) + 1):
+            continue
         found = []
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -146,7 +148,7 @@ def test_killed_workers_cost_no_item_and_no_bit(tmp_path, tiny, ray_session, mon
     titles_context = make_context(tmp_path / "chaos", titles, RAY)
     monkeypatch.setattr("genrec_dist.semantic.ray_workers.ShardEmbedder", SlowTinyEmbedder)
     stop, kills = threading.Event(), []
-    thread = threading.Thread(target=killer, args=(stop, 1.5, kills), daemon=True)
+    thread = threading.Thread(target=killer, args=(stop, 8, titles_context.out / "shards", kills), daemon=True)
     thread.start()
     try:
         embed_catalog(titles_context, SETTINGS)

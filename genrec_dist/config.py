@@ -165,6 +165,51 @@ class FusionConfig(Section):
         return self
 
 
+class GraphConfig(Section):
+    """User-item graph and how it is shared out; the partition decides where work is done, not what comes out."""
+
+    partitioner: Literal["metis", "pymetis", "random"] = Field(
+        "metis", description="metis: DGL's; pymetis: the same with a seed, so that it can be repeated"
+    )
+    seed: int = Field(0, ge=0, description="of pymetis and random")
+    dgl_format: bool = Field(True, description="store the partitions in DGL's format as well, where DGL works")
+
+
+class LightgcnConfig(Section):
+    """LightGCN: collaborative embeddings of users and items from the interaction graph."""
+
+    dim: int = Field(64, ge=1)
+    num_layers: int = Field(3, ge=0)
+    init_std: float = Field(0.1, gt=0)
+    loss: Literal["bpr", "sampled_softmax"] = "bpr"
+    num_negatives: int = Field(1, ge=1, description="a pair (bpr), or shared by a batch (sampled_softmax)")
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    popularity_exponent: float = Field(0.75, ge=0, description="popularity: drawn by degree to this power")
+    temperature: float = Field(0.2, gt=0, description="of the sampled softmax over cosines")
+    similarity: Literal["dot", "cosine"] = Field("dot", description="cosine: sampled_softmax only")
+    l2: float = Field(1e-4, ge=0, description="on the layer-0 rows of a batch, half the sum of squares over its pairs")
+    mode: Literal["full", "sampled"] = Field(
+        "full", description="full: propagate over the whole graph; sampled: over sampled neighbours"
+    )
+    fanouts: list[int] = Field([], description="most neighbours a node, from the batch outward (sampled)")
+    validation_users: int = Field(0, ge=0, description="users of the validation during training; 0: all")
+    optim: OptimConfig = OptimConfig(
+        optimizer="adam", warmup_steps=0, clip_norm=0.0, batch_size=2048, epochs=100, evaluate_every=5, patience=5
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> LightgcnConfig:
+        if self.mode == "sampled" and (len(self.fanouts) != self.num_layers or min(self.fanouts, default=1) < 1):
+            raise ValueError(f"lightgcn.fanouts needs {self.num_layers} numbers above 0, one a layer")
+        if self.similarity == "cosine" and self.loss == "bpr":
+            raise ValueError("lightgcn.similarity 'cosine' is for loss 'sampled_softmax'")
+        if self.optim.weight_decay or self.optim.optimizer != "adam":
+            raise ValueError("lightgcn.optim: plain adam without weight decay; lightgcn.l2 regularises")
+        if self.optim.length_buckets or self.optim.precision == "bf16":
+            raise ValueError("lightgcn.optim: pairs have no length, and tables are trained in float32")
+        return self
+
+
 class IdentifierConfig(Section):
     """Integrated embeddings -> one code sequence an item."""
 
@@ -255,8 +300,8 @@ class EvaluationConfig(Section):
 
 
 Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine"]
-WITHOUT_EVALUATION = {"embed"}
-"""Methods that recommend nothing."""
+WITHOUT_EVALUATION = {"embed", "lightgcn"}
+"""Methods that make embeddings and recommend nothing by sequence."""
 
 
 class ReportConfig(Section):
@@ -293,6 +338,14 @@ class RuntimeConfig(Section):
     zero_stage: Literal[0, 1, 2] = 0
     checkpoint_minutes: float = Field(1.0, ge=0, description="minutes between checkpoints; 0: every epoch only")
     keep_checkpoints: int = Field(2, ge=1)
+    spmm: Literal["auto", "dgl", "torch", "triton"] = Field(
+        "auto", description="sums over neighbours; auto: triton on a GPU, dgl on a CPU where it works, else torch"
+    )
+    overlap_halo: bool = Field(False, description="sum over owned neighbours while halo rows are on their way")
+    partition_minutes: float = Field(60.0, gt=0, description="time limit of the graph partitioner")
+    shard_tables: bool = Field(
+        False, description="Stage I with user sequences and item tables sharded over graph partitions"
+    )
     embed_executor: Literal["actors", "ray_data_llm"] = Field(
         "actors", description="actors: an engine in each Ray Data actor; ray_data_llm: Ray's own vLLM processor"
     )
@@ -312,10 +365,12 @@ class Config(Section):
     """One run."""
 
     name: str = "run"
-    method: Literal["prorec", "sasrec", "popularity", "embed"] = "prorec"
+    method: Literal["prorec", "sasrec", "popularity", "embed", "lightgcn"] = "prorec"
     seed: int = Field(0, ge=0)
     catalog: CatalogConfig = CatalogConfig(source="synthetic")
     semantic: SemanticConfig = SemanticConfig()
+    graph: GraphConfig = GraphConfig()
+    lightgcn: LightgcnConfig = LightgcnConfig()
     fusion: FusionConfig = FusionConfig()
     identifiers: IdentifierConfig = IdentifierConfig()
     generator: GeneratorConfig = GeneratorConfig()

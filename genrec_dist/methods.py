@@ -5,10 +5,12 @@ from __future__ import annotations
 from genrec_dist.artifacts.files import read_json
 from genrec_dist.baselines.sasrec import sasrec_stage
 from genrec_dist.catalog.stage import catalog_stage
+from genrec_dist.collaborative.lightgcn_stage import lightgcn_stage
 from genrec_dist.collaborative.stage import fusion_stage
 from genrec_dist.config import WITHOUT_EVALUATION, Config
 from genrec_dist.evaluation.stage import evaluation_stage
 from genrec_dist.generator.stage import generator_stage
+from genrec_dist.graph.stage import graph_stage, partition_stage
 from genrec_dist.identifiers.stage import identifier_stage
 from genrec_dist.pipeline import Stage
 from genrec_dist.runs import RunFolder
@@ -49,7 +51,13 @@ def embed(config: Config, catalog: Stage) -> list[Stage]:
     return [semantic_stage(config, catalog)]
 
 
-METHODS = {"prorec": prorec, "sasrec": sasrec, "popularity": popularity, "embed": embed}
+def lightgcn(config: Config, catalog: Stage) -> list[Stage]:
+    """LightGCN embeddings of users and items, with the model's own Recall and NDCG."""
+    graph = graph_stage(config, catalog)
+    return [graph, lightgcn_stage(config, graph, partition_stage(config, graph))]
+
+
+METHODS = {"prorec": prorec, "sasrec": sasrec, "popularity": popularity, "embed": embed, "lightgcn": lightgcn}
 
 
 def build_stages(config: Config) -> list[Stage]:
@@ -63,6 +71,12 @@ def build_stages(config: Config) -> list[Stage]:
 
 def collect_metrics(config: Config, run: RunFolder) -> dict:
     """Metrics of the main model and of every reference, from the run's evaluation artifacts."""
+    if config.method == "lightgcn":
+        return {
+            "method": config.method,
+            "main": read_json(run.artifact("lightgcn") / "metrics.json"),
+            "graph": read_json(run.artifact("graph") / "report.json"),
+        }
     if config.method in WITHOUT_EVALUATION:
         return {"method": config.method, "embeddings": read_json(run.artifact("semantic") / "report.json")}
     return {

@@ -79,6 +79,8 @@ class Stage:
         inputs: stages whose artifacts this one reads, by role.
         build: writes the artifact into the context's `out`.
         label: what the user reads; default the name.
+        placement: stages that say where the work is done and not what comes out, such as a graph's partitions: read
+            like inputs, not part of the key, built only when this stage has to be.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Stage:
     inputs: dict[str, Stage]
     build: Callable[[StageContext], None]
     label: str = ""
+    placement: dict[str, Stage] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -98,13 +101,21 @@ class Stage:
         return self.label or self.name
 
 
-def closure(stages: list[Stage]) -> list[Stage]:
-    """The stages and everything they read, inputs first, each content hash once."""
+def closure(stages: list[Stage], finished: Callable[[Stage], bool] = lambda _: False) -> list[Stage]:
+    """The stages and everything they read, inputs first, each content hash once.
+
+    Args:
+        stages: what is wanted.
+        finished: stages that need no placement any more.
+    """
     ordered: dict[tuple[str, str], Stage] = {}
 
     def visit(stage: Stage) -> None:
         for upstream in stage.inputs.values():
             visit(upstream)
+        if stage.placement and not finished(stage):
+            for upstream in stage.placement.values():
+                visit(upstream)
         ordered.setdefault((stage.name, stage.key), stage)
 
     for stage in stages:
@@ -134,7 +145,7 @@ def execute(
     """
     notify = on_stage or (lambda *_: None)
     done: dict[str, Path] = {}
-    for stage in closure(stages):
+    for stage in closure(stages, lambda stage: _reuse(stage, store, run) is not None):
         folder = _reuse(stage, store, run)
         if folder is not None:
             run.event("stage_reused", stage=stage.title, key=stage.key)
@@ -171,7 +182,7 @@ def _build(stage: Stage, store: ArtifactStore, run: RunFolder, runtime: RuntimeC
         run.event("stage_started", stage=stage.title, key=stage.key, resumed=resumed)
         context = StageContext(
             out=out,
-            inputs={role: store.open(s.name, s.key) for role, s in stage.inputs.items()},
+            inputs={role: store.open(s.name, s.key) for role, s in (stage.inputs | stage.placement).items()},
             runtime=runtime,
             key=stage.key,
             title=stage.title,

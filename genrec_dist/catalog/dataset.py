@@ -14,11 +14,13 @@ validation target, the rest is for training.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genrec_dist.artifacts.files import read_json
@@ -98,7 +100,15 @@ class Catalog:
 
     @cached_property
     def sequences(self) -> Sequences:
-        table = pq.read_table(self.folder / "sequences.parquet", columns=["items", "timestamps"])
+        return self._sequences(pq.read_table(self.folder / "sequences.parquet", columns=["items", "timestamps"]))
+
+    def iterate_sequences(self) -> Iterator[Sequences]:
+        """The sequences of one row group after the other: consecutive users, nothing else in memory."""
+        with pq.ParquetFile(self.folder / "sequences.parquet") as file:
+            for group in range(file.num_row_groups):
+                yield self._sequences(file.read_row_group(group, columns=["items", "timestamps"]))
+
+    def _sequences(self, table: pa.Table) -> Sequences:
         items = table["items"].combine_chunks()
         stamps = table["timestamps"].combine_chunks()
         sequences = Sequences(

@@ -146,7 +146,7 @@ class FusionModel(nn.Module):
             scores = similarity(users, candidates, self.config.similarity) * scale
         positive = scores.diagonal()  # candidate b is the target of sample b
         hit = batch["negatives"][None, :] == target_items[:, None]
-        return sampled_softmax(positive, scores[:, len(target) :], hit, self.num_items)
+        return sampled_softmax(positive, scores[:, len(target) :], hit, self.num_items - 1)
 
     @torch.no_grad()
     def score_catalog(self, history: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -35,25 +35,39 @@ def full_softmax(logits_BN: torch.Tensor, targets_B: torch.Tensor) -> torch.Tens
 
 
 def sampled_softmax(
-    positive_B: torch.Tensor, negative_BM: torch.Tensor, hit_BM: torch.Tensor, num_items: int
+    positive_B: torch.Tensor, negative_BM: torch.Tensor, hit_BM: torch.Tensor, odds: float | torch.Tensor
 ) -> torch.Tensor:
-    """Summed cross-entropy with uniform negatives shared by the batch, logQ-corrected.
+    """Summed cross-entropy with negatives shared by the batch, logQ-corrected.
 
-    With M uniform draws, each negative stands for (num_items - 1) / (valid draws) items, so log of that factor
-    is added to its logit; draws that hit the positive are left out.
+    A valid draw of item j stands for odds_j / (valid draws) items, so log of that is added to its logit; draws that
+    hit the positive are left out. With q the chance of a draw, odds_j = (1 - q_target) / q_j: num_items - 1 for
+    uniform draws.
 
     Shapes:
         positive_B: (B,) logit of the target.
         negative_BM: (B, M) logits of the draws.
         hit_BM: (B, M) bool, True where the draw is the target.
+        odds: a number, or (B, M).
 
-    Source: Bengio and Senecal (2008), uniform proposal.
+    Source: Bengio and Senecal (2008).
     """
-    negative = negative_BM.float().masked_fill(hit_BM, -math.inf)
+    wide = torch.promote_types(negative_BM.dtype, torch.float32)
+    negative = negative_BM.to(wide).masked_fill(hit_BM, -math.inf)
     valid = (~hit_BM).sum(1, keepdim=True).clamp(min=1)
-    negative = negative + torch.log((num_items - 1) / valid.float())
-    joined = torch.cat([positive_B.float()[:, None], negative], 1)
+    negative = negative + torch.log(odds / valid.to(wide))
+    joined = torch.cat([positive_B.to(wide)[:, None], negative], 1)
     return (torch.logsumexp(joined, 1) - joined[:, 0]).sum()
+
+
+def bpr(positive_B: torch.Tensor, negative_BM: torch.Tensor) -> torch.Tensor:
+    """Summed Bayesian personalised ranking loss, -log sigmoid(positive - negative), averaged over the negatives.
+
+    Shapes:
+        positive_B: (B,). negative_BM: (B, M).
+
+    Source: Rendle et al. (2009).
+    """
+    return F.softplus(negative_BM - positive_B[:, None]).mean(1).sum()
 
 
 def info_nce(

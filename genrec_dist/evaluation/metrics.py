@@ -57,7 +57,15 @@ def rank_metrics(ranks: np.ndarray, cutoffs: Sequence[int]) -> dict[str, float]:
     Raises:
         DataError: not a vector of integers, or a negative rank.
     """
-    counts = rank_counts(ranks, max(cutoffs))
+    return count_metrics(rank_counts(ranks, max(cutoffs)), cutoffs)
+
+
+def count_metrics(counts: np.ndarray, cutoffs: Sequence[int]) -> dict[str, float]:
+    """Recall@k and NDCG@k from `rank_counts`, which of several workers may be added up.
+
+    Shapes:
+        counts: (at least max(cutoffs) + 1,) int64.
+    """
     num_users = int(counts.sum())
     if num_users == 0:
         return {}

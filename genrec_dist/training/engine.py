@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -40,10 +41,12 @@ class Engine(Protocol):
     def load(self, state: State) -> None: ...
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, device: torch.device
+) -> torch.optim.Optimizer:
     """Adam or AdamW; weight decay only on matrices, never on norms and biases."""
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    trained = [p for p in parameters if p.requires_grad]
+    decay, plain = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [
         {"params": decay, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -59,6 +62,16 @@ def autocast(config: OptimConfig, device: torch.device) -> contextlib.AbstractCo
     return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
+def average_gradients(parameters: list[nn.Parameter], worker: Worker) -> None:
+    """Average gradients over the workers by one flat all-reduce."""
+    if worker.world_size == 1 or not parameters:
+        return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = worker.sum(_flatten_dense_tensors(grads)) / worker.world_size
+    for p, grad in zip(parameters, _unflatten_dense_tensors(flat, grads)):
+        p.grad = grad
+
+
 def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
@@ -68,7 +81,7 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, config: OptimConfig, worker: Worker) -> None:
         self.model, self.config, self.worker = model, config, worker
-        self.optimizer = make_optimizer(model, config, worker.device)
+        self.optimizer = make_optimizer(model.parameters(), config, worker.device)
         for tensor in model.state_dict().values():
             worker.broadcast(tensor)
 
@@ -79,11 +92,7 @@ class TorchEngine:
     def backward(self, loss: torch.Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.worker.world_size > 1:
-            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for _, p in _named(self.model)]
-            flat = self.worker.sum(_flatten_dense_tensors(grads)) / self.worker.world_size
-            for (_, p), grad in zip(_named(self.model), _unflatten_dense_tensors(flat, grads)):
-                p.grad = grad
+        average_gradients([p for _, p in _named(self.model)], self.worker)
 
     def step(self, learning_rate: float) -> None:
         if self.config.clip_norm:
@@ -144,7 +153,7 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=make_optimizer(model, config, worker.device),
+            optimizer=make_optimizer(model.parameters(), config, worker.device),
             config=deepspeed_settings(config, worker.world_size, zero_stage),
             dist_init_required=False,
         )

@@ -12,7 +12,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from genrec_dist.pipeline import StageContext
 from genrec_dist.training.checkpoints import Checkpoints, State
 from genrec_dist.training.engine import Engine
 from genrec_dist.training.order import BatchOrder
+from genrec_dist.training.sharded import ShardedEngine
 from genrec_dist.training.worker import Worker
 
 MONITOR = "ndcg@10"
@@ -40,8 +41,8 @@ class Task(Protocol):
     @property
     def order(self) -> BatchOrder: ...
 
-    def batch(self, indices: np.ndarray, worker: Worker) -> dict[str, torch.Tensor]:
-        """This worker's part of a global batch."""
+    def batch(self, indices: np.ndarray, worker: Worker) -> Any:
+        """This worker's part of a global batch, as the model reads it."""
 
     def validate(self, worker: Worker) -> dict[str, float]:
         """Validation metrics, the same on every worker; must hold 'ndcg@10'."""
@@ -94,7 +95,9 @@ class _Curves:
             append_jsonl(self.path, record)
 
 
-def train(task: Task, engine: Engine, config: OptimConfig, worker: Worker, context: StageContext, *, seed: int) -> dict:
+def train(
+    task: Task, engine: Engine | ShardedEngine, config: OptimConfig, worker: Worker, context: StageContext, *, seed: int
+) -> dict:
     """Train to the best validation NDCG@10.
 
     Args:
@@ -102,7 +105,8 @@ def train(task: Task, engine: Engine, config: OptimConfig, worker: Worker, conte
         engine: torch or DeepSpeed around the task's model.
         config: optimiser, schedule, stopping.
         worker: this process.
-        context: stage context; checkpoints go to its scratch, curves.jsonl and model.safetensors to `out`.
+        context: stage context; checkpoints go to its scratch, curves.jsonl and model.safetensors to `out`. A sharded
+            engine writes no model: the best parameters are in it at the end, on worker 0 and the others alike.
         seed: of dropout and negatives.
 
     Returns:
@@ -150,11 +154,15 @@ def train(task: Task, engine: Engine, config: OptimConfig, worker: Worker, conte
             state.curve_lines = curves.lines
             full = engine.state()
             _refuse_poison(full, state.step)
-            if worker.is_main:
+            if isinstance(engine, ShardedEngine):
+                checkpoints.save_sharded(state.step, asdict(state), full, best, worker)
+            elif worker.is_main:
                 checkpoints.save(state.step, asdict(state), full, best)
             saved = time.monotonic()
-    if worker.is_main:
-        assert best is not None
+    assert best is not None
+    if isinstance(engine, ShardedEngine):  # its tables are the stage's to write, by owner
+        engine.load_best(best)
+    elif worker.is_main:
         save_file(best, context.out / "model.safetensors")
     worker.barrier()
     return {
@@ -190,19 +198,32 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _restore(
-    checkpoints: Checkpoints, engine: Engine, context: StageContext, worker: Worker
+    checkpoints: Checkpoints, engine: Engine | ShardedEngine, context: StageContext, worker: Worker
 ) -> tuple[LoopState, State | None]:
-    found = checkpoints.latest()
-    if worker.is_main:
-        for problem in checkpoints.skipped:
-            context.event("checkpoint_skipped", detail=problem)
-    if found is None:
-        return LoopState(), None
-    loop, tensors, best = found
-    engine.load(tensors)
+    best: State | None
+    if isinstance(engine, ShardedEngine):
+        parts = checkpoints.latest_sharded(worker)
+        _tell_skipped(checkpoints, context, worker)
+        if parts is None:
+            return LoopState(), None
+        loop, files, best_files = parts
+        engine.load_parts(files)
+        best = engine.read_best(best_files) if best_files else None
+    else:
+        found = checkpoints.latest()
+        _tell_skipped(checkpoints, context, worker)
+        if found is None:
+            return LoopState(), None
+        loop, tensors, best = found
+        engine.load(tensors)
     if worker.is_main:
         context.event("training_resumed", step=loop["step"])
     return LoopState(**loop), best
+
+
+def _tell_skipped(checkpoints: Checkpoints, context: StageContext, worker: Worker) -> None:
+    for problem in checkpoints.skipped if worker.is_main else ():
+        context.event("checkpoint_skipped", detail=problem)
 
 
 def _accumulate(state: LoopState, losses: dict[str, torch.Tensor], count: int, worker: Worker, epoch: float) -> None:
@@ -237,7 +258,7 @@ def _log(state: LoopState, curves: _Curves, rate: float, per_epoch: int) -> None
 
 def _validate(
     task: Task,
-    engine: Engine,
+    engine: Engine | ShardedEngine,
     config: OptimConfig,
     worker: Worker,
     state: LoopState,
@@ -250,6 +271,8 @@ def _validate(
     curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **metrics)
     if metrics[MONITOR] > state.best or best is None:
         state.best, state.best_step, state.waited = metrics[MONITOR], state.step, 0
+        if isinstance(engine, ShardedEngine):
+            return engine.best()
         full = engine.state()
         return {name[6:]: value for name, value in full.items() if name.startswith("model/")}
     state.waited += 1

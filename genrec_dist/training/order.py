@@ -8,17 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from genrec_dist.training.counter import mix
+
 _ROUNDS = 6
-_MIX = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _hash(values: np.ndarray, key: int) -> np.ndarray:
-    """SplitMix64 finaliser of `values` with a key; uint64 in, uint64 out."""
-    with np.errstate(over="ignore"):
-        x = values + np.uint64(key & 0xFFFFFFFFFFFFFFFF) * _MIX + _MIX
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -38,13 +30,13 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
-    key = int(_hash(np.array([seed], np.uint64), epoch + 1)[0])
+    key = int(mix(np.array([seed], np.uint64), epoch + 1)[0])
     out = np.asarray(indices).astype(np.uint64)
     todo = np.arange(len(out))
     while len(todo):
         left, right = out[todo] >> shift, out[todo] & mask
         for r in range(_ROUNDS):
-            left, right = right, left ^ (_hash(right, key + r) & mask)
+            left, right = right, left ^ (mix(right, key + r) & mask)
         out[todo] = (left << shift) | right
         todo = todo[out[todo] >= size]
     return out.astype(np.int64)

@@ -121,7 +121,7 @@ def test_a_state_before_the_first_step_loads(engine):
 
 def test_weight_decay_spares_norms_and_biases():
     model = sasrec_task(Worker()).model
-    groups = make_optimizer(model, tiny_optim(weight_decay=0.3), torch.device("cpu")).param_groups
+    groups = make_optimizer(model.parameters(), tiny_optim(weight_decay=0.3), torch.device("cpu")).param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert all(p.ndim >= 2 for p in groups[0]["params"])
     assert all(p.ndim < 2 for p in groups[1]["params"])
@@ -131,7 +131,7 @@ def test_weight_decay_spares_norms_and_biases():
 def test_optimizer_by_name():
     model = torch.nn.Linear(2, 2)
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
-        assert type(make_optimizer(model, tiny_optim(optimizer=name), torch.device("cpu"))) is kind
+        assert type(make_optimizer(model.parameters(), tiny_optim(optimizer=name), torch.device("cpu"))) is kind
 
 
 def test_clipping_bounds_the_gradient():

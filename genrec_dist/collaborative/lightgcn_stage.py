@@ -1,0 +1,121 @@
+"""LightGCN stage: graph partitions -> collaborative embeddings of items and users.
+
+Writes the propagated item table (Zarr, the artifact itself), `users/` with the propagated user table, curves.jsonl,
+metrics.json (Recall and NDCG of the model itself) and summary.json. Every worker owns one partition.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from genrec_dist.artifacts.files import write_json
+from genrec_dist.collaborative.lightgcn import LightGCN, LocalBatch
+from genrec_dist.collaborative.pairs import PairBatches
+from genrec_dist.config import Config, LightgcnConfig
+from genrec_dist.evaluation.collaborative import owned_user_ranks, shared_counts
+from genrec_dist.evaluation.metrics import count_metrics
+from genrec_dist.graph.interactions import Interactions
+from genrec_dist.graph.rows import write_sharded
+from genrec_dist.graph.stage import TARGETS, Partitions
+from genrec_dist.pipeline import Stage, StageContext
+from genrec_dist.training.counter import stream_key
+from genrec_dist.training.launch import launch
+from genrec_dist.training.loop import train
+from genrec_dist.training.sharded import ShardedEngine
+from genrec_dist.training.worker import Worker
+
+
+def lightgcn_stage(config: Config, graph: Stage, partitions: Stage) -> Stage:
+    """Stage that trains LightGCN; the partitions say where, and enter no key."""
+    settings = {
+        "lightgcn": config.lightgcn.model_dump(mode="json"),
+        "cutoffs": config.evaluation.cutoffs,
+        "seed": config.seed,
+    }
+    return Stage(
+        "lightgcn",
+        1,
+        settings,
+        {"graph": graph},
+        lambda context: launch(train_lightgcn, context, settings),
+        placement={"partitions": partitions},
+    )
+
+
+class LightgcnTask:
+    """Model, data order and validation.
+
+    Args:
+        config: lightgcn section.
+        graph: interactions.
+        partitions: of the graph.
+        targets: held-out items (num_users, 2), validation and test.
+        worker: this process.
+        seed: of starting values, order and negatives.
+        kind: kernel of the neighbour sums.
+        overlap: see `Propagation`.
+    """
+
+    def __init__(
+        self,
+        config: LightgcnConfig,
+        graph: Interactions,
+        partitions: Partitions,
+        targets: np.ndarray,
+        worker: Worker,
+        seed: int,
+        kind="auto",
+        overlap: bool = False,
+    ) -> None:
+        self.config, self.partitions, self.targets, self.seed = config, partitions, targets, seed
+        self.model = LightGCN(config, partitions, worker, seed, kind, overlap)
+        self.pairs = PairBatches(graph, self.model.partition, config, seed)
+        self.order = self.pairs.order
+
+    def batch(self, indices: np.ndarray, worker: Worker) -> LocalBatch:
+        return self.model.localize(self.pairs.local(indices), stream_key(self.pairs.key(indices), 2))
+
+    def validate(self, worker: Worker) -> dict[str, float]:
+        metrics = self.metrics(worker, 0, [10, 20], self.config.validation_users)
+        return metrics["seen_left_out"]
+
+    def metrics(self, worker: Worker, column: int, cutoffs: list[int], limit: int = 0) -> dict:
+        """Recall and NDCG over all items, and with training items left out.
+
+        Args:
+            column: of the targets: 0 validation, 1 test.
+        """
+        rows = self.model.embeddings()
+        cosine = self.config.similarity == "cosine"
+        ranks = owned_user_ranks(rows, self.partitions, worker, self.targets[:, column], limit, cosine)
+        counts = [shared_counts(r, max(cutoffs), worker) for r in ranks]
+        return {
+            "users": int(counts[0].sum()),
+            "all_items": count_metrics(counts[0], cutoffs),
+            "seen_left_out": count_metrics(counts[1], cutoffs),
+        }
+
+
+def train_lightgcn(worker: Worker, context: StageContext, settings: dict) -> None:
+    """Worker function: train on one partition, and write the tables together."""
+    config = LightgcnConfig.model_validate(settings["lightgcn"])
+    runtime, inputs = context.runtime, context.inputs
+    graph, partitions = Interactions.load(inputs["graph"]), Partitions(inputs["partitions"])
+    targets = np.load(inputs["graph"] / TARGETS, mmap_mode="r", allow_pickle=False)
+    task = LightgcnTask(
+        config, graph, partitions, targets, worker, settings["seed"], runtime.spmm, runtime.overlap_halo
+    )
+    engine = ShardedEngine(task.model, config.optim, worker)
+    summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])
+    rows = task.model.embeddings()
+    write_sharded(context.out, rows, partitions.item_ids(), partitions.offsets, worker)
+    write_sharded(context.out / "users", rows, partitions.user_ids(), partitions.offsets, worker)
+    metrics = {name: task.metrics(worker, column, settings["cutoffs"]) for column, name in ((0, "valid"), (1, "test"))}
+    if worker.is_main:
+        partition = task.model.partition
+        exchange = {
+            "halo_rows_of_worker_0": len(partition.halo),
+            "bytes_received_by_worker_0_a_propagation": task.model.propagation.bytes_per_application * config.dim,
+        }
+        write_json(context.out / "metrics.json", {"method": "lightgcn", **metrics})
+        write_json(context.out / "summary.json", summary | exchange)

@@ -1,0 +1,1 @@
+"""User-item graph, its partitions, and the exchange of rows between their owners."""

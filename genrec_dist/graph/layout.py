@@ -1,0 +1,131 @@
+"""One partition of the graph as plain arrays: who owns what, and the local rows of the adjacency matrix.
+
+Nodes are renumbered so that a partition's nodes are consecutive: partition p owns the new ids offsets[p] ..
+offsets[p + 1], its users first (ascending), then its items (ascending). A row of an owned node lists all its
+neighbours, owned ones first by place, the others as halo nodes. Knows nothing of DGL, torch or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from genrec_dist.graph.interactions import Interactions
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The part of the graph that one worker owns.
+
+    Args:
+        part: its number.
+        num_users: of the whole graph.
+        num_items: of the whole graph.
+
+    Shapes:
+        offsets: (num_parts + 1,) int64, first new id of each partition.
+        users: (n_u,) int64 user indices owned, ascending. items: (n_i,) int64 item indices owned, ascending.
+        halo: (n_h,) int64 new ids of neighbours owned by others, ascending (so grouped by owner).
+        indptr: (n + 1,) int64 with n = n_u + n_i. indices: (nnz,) int32; below n: owned, else n + place in halo.
+    """
+
+    part: int
+    num_users: int
+    num_items: int
+    offsets: np.ndarray
+    users: np.ndarray
+    items: np.ndarray
+    halo: np.ndarray
+    indptr: np.ndarray
+    indices: np.ndarray
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_owned(self) -> int:
+        return len(self.users) + len(self.items)
+
+    @cached_property
+    def degrees(self) -> np.ndarray:
+        """Degree of each owned node in the whole graph, (n,) int64."""
+        return np.diff(self.indptr)
+
+    @cached_property
+    def halo_owners(self) -> np.ndarray:
+        """Number of halo nodes that each partition owns, (num_parts,) int64."""
+        return np.diff(np.searchsorted(self.halo, self.offsets))
+
+
+def renumber(assignment: np.ndarray, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """New id of every node, and the first new id of every partition.
+
+    Shapes:
+        assignment: (num_nodes,) integers, partition of each node (users, then items).
+        returns: (num_nodes,) int64, (num_parts + 1,) int64.
+    """
+    order = np.argsort(assignment, kind="stable")
+    new_id = np.empty(len(assignment), np.int64)
+    new_id[order] = np.arange(len(assignment))
+    counts = np.bincount(assignment, minlength=num_parts)
+    return new_id, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def build_partition(graph: Interactions, part: int, new_id: np.ndarray, offsets: np.ndarray) -> Partition:
+    """The arrays of one partition; memory is that of the partition, not of the graph.
+
+    Args:
+        graph: may be mapped into memory.
+        part: which.
+        new_id: of every node.
+        offsets: first new id of each partition.
+    """
+    num_users, num_items = graph.num_users, graph.num_items
+    first, last = int(offsets[part]), int(offsets[part + 1])
+    users = np.flatnonzero((new_id[:num_users] >= first) & (new_id[:num_users] < last))
+    items = np.flatnonzero((new_id[num_users:] >= first) & (new_id[num_users:] < last))
+    user_rows, user_counts = _rows(graph.user_indptr, graph.user_items, users)
+    item_rows, item_counts = _rows(graph.item_indptr, graph.item_users, items)
+    neighbour = np.concatenate([new_id[num_users + user_rows.astype(np.int64)], new_id[item_rows.astype(np.int64)]])
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate([user_counts, item_counts]))]).astype(np.int64)
+    inside = (neighbour >= first) & (neighbour < last)
+    halo = np.unique(neighbour[~inside])
+    local = np.where(inside, neighbour - first, 0)
+    local[~inside] = last - first + np.searchsorted(halo, neighbour[~inside])
+    return Partition(part, num_users, num_items, offsets, users, items, halo, indptr, local.astype(np.int32))
+
+
+def _rows(indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenated rows of a CSR matrix, and their lengths."""
+    counts = np.asarray(indptr[rows + 1] - indptr[rows])
+    place = np.arange(counts.sum()) + np.repeat(indptr[rows] - (np.cumsum(counts) - counts), counts)
+    return np.asarray(indices[place]), counts
+
+
+ARRAYS = ("users", "items", "halo", "indptr", "indices")
+
+
+def save_partition(folder: Path, partition: Partition) -> None:
+    """Write `folder/part-<p>/*.npy`."""
+    target = folder / f"part-{partition.part}"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ARRAYS:
+        np.save(target / f"{name}.npy", getattr(partition, name), allow_pickle=False)
+
+
+def load_partition(folder: Path, part: int, num_users: int, num_items: int, offsets: np.ndarray) -> Partition:
+    """Map the arrays of one partition into memory."""
+    arrays = (np.load(folder / f"part-{part}" / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS)
+    return Partition(part, num_users, num_items, offsets, *arrays)
+
+
+def iterate_partitions(graph: Interactions, assignment: np.ndarray, num_parts: int) -> Iterator[Partition]:
+    """All partitions, one in memory at a time."""
+    new_id, offsets = renumber(assignment, num_parts)
+    for part in range(num_parts):
+        yield build_partition(graph, part, new_id, offsets)

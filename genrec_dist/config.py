@@ -300,8 +300,10 @@ class EvaluationConfig(Section):
 
 
 Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine"]
-WITHOUT_EVALUATION = {"embed", "lightgcn"}
-"""Methods that make embeddings and recommend nothing by sequence."""
+WITHOUT_EVALUATION = {"embed"}
+"""Methods that recommend nothing."""
+EVALUATED_BY = {"lightgcn": "lightgcn"}
+"""Stage that holds a method's evaluation, where that is the training stage itself."""
 
 
 class ReportConfig(Section):

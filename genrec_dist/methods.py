@@ -7,7 +7,7 @@ from genrec_dist.baselines.sasrec import sasrec_stage
 from genrec_dist.catalog.stage import catalog_stage
 from genrec_dist.collaborative.lightgcn_stage import lightgcn_stage
 from genrec_dist.collaborative.stage import fusion_stage
-from genrec_dist.config import WITHOUT_EVALUATION, Config
+from genrec_dist.config import EVALUATED_BY, WITHOUT_EVALUATION, Config
 from genrec_dist.evaluation.stage import evaluation_stage
 from genrec_dist.generator.stage import generator_stage
 from genrec_dist.graph.stage import graph_stage, partition_stage
@@ -71,17 +71,11 @@ def build_stages(config: Config) -> list[Stage]:
 
 def collect_metrics(config: Config, run: RunFolder) -> dict:
     """Metrics of the main model and of every reference, from the run's evaluation artifacts."""
-    if config.method == "lightgcn":
-        return {
-            "method": config.method,
-            "main": read_json(run.artifact("lightgcn") / "metrics.json"),
-            "graph": read_json(run.artifact("graph") / "report.json"),
-        }
     if config.method in WITHOUT_EVALUATION:
         return {"method": config.method, "embeddings": read_json(run.artifact("semantic") / "report.json")}
     return {
         "method": config.method,
-        "main": read_json(run.artifact("evaluation") / "metrics.json"),
+        "main": read_json(run.artifact(EVALUATED_BY.get(config.method, "evaluation")) / "metrics.json"),
         "references": {
             name: read_json(run.artifact(f"evaluation {name}") / "metrics.json") for name in config.references
         },

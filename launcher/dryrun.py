@@ -28,6 +28,7 @@ from genrec_dist.studies.sizes import (
     expected_codebook,
     fusion_size,
     generator_size,
+    lightgcn_size,
     sasrec_size,
     training_memory,
 )
@@ -92,7 +93,9 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
     codebook = None
     sizes: dict[str, tuple[ModelSize, int]] = {}
     for section in trained_sections(config):
-        if section == "fusion":
+        if section == "lightgcn":
+            sizes[section] = lightgcn_size(config.lightgcn, counts), counts.num_training_pairs
+        elif section == "fusion":
             sizes[section] = _fusion(config, counts, finished.get("semantic"), notes)
         elif section == "generator":
             codebook = codebook_size(config, counts, finished.get("identifiers"))
@@ -125,7 +128,8 @@ def _loop(config: Config, name: str, size: ModelSize, samples: int) -> Loop:
     runtime, optim = config.runtime, getattr(config, name).optim
     batches = batch_arithmetic(samples, optim, runtime.num_workers)
     zero = runtime.engine == "deepspeed" or (runtime.engine == "auto" and runtime.backend == "ray")
-    return Loop(name, size, batches, training_memory(size, batches.per_worker, runtime, zero=zero))
+    memory = training_memory(size, batches.per_worker, runtime, zero=zero, by_owner=name == "lightgcn")
+    return Loop(name, size, batches, memory)
 
 
 def _fusion(config: Config, counts: Counts, semantic: Path | None, notes: list[str]) -> tuple[ModelSize, int]:

@@ -12,6 +12,7 @@ from genrec_dist.artifacts.files import write_json
 from genrec_dist.collaborative.lightgcn import LightGCN, LocalBatch
 from genrec_dist.collaborative.pairs import PairBatches
 from genrec_dist.config import Config, LightgcnConfig
+from genrec_dist.evaluation.bootstrap import bootstrap_intervals
 from genrec_dist.evaluation.collaborative import owned_user_ranks, shared_counts
 from genrec_dist.evaluation.metrics import count_metrics
 from genrec_dist.graph.interactions import Interactions
@@ -30,6 +31,8 @@ def lightgcn_stage(config: Config, graph: Stage, partitions: Stage) -> Stage:
     settings = {
         "lightgcn": config.lightgcn.model_dump(mode="json"),
         "cutoffs": config.evaluation.cutoffs,
+        "bootstrap_samples": config.evaluation.bootstrap_samples,
+        "order": config.catalog.order,
         "seed": config.seed,
     }
     return Stage(
@@ -76,23 +79,34 @@ class LightgcnTask:
         return self.model.localize(self.pairs.local(indices), stream_key(self.pairs.key(indices), 2))
 
     def validate(self, worker: Worker) -> dict[str, float]:
-        metrics = self.metrics(worker, 0, [10, 20], self.config.validation_users)
-        return metrics["seen_left_out"]
+        counts = self.rank_counts(worker, 0, 20, self.config.validation_users)
+        return count_metrics(counts["seen left out"], [10, 20])
 
-    def metrics(self, worker: Worker, column: int, cutoffs: list[int], limit: int = 0) -> dict:
-        """Recall and NDCG over all items, and with training items left out.
+    def rank_counts(self, worker: Worker, column: int, largest: int, limit: int = 0) -> dict[str, np.ndarray]:
+        """Users of all workers at each rank, among all items and with the user's training items left out.
 
         Args:
             column: of the targets: 0 validation, 1 test.
+            largest: last rank told apart.
+            limit: users of the whole graph below it; 0: all.
         """
         rows = self.model.embeddings()
         cosine = self.config.similarity == "cosine"
         ranks = owned_user_ranks(rows, self.partitions, worker, self.targets[:, column], limit, cosine)
-        counts = [shared_counts(r, max(cutoffs), worker) for r in ranks]
+        return {name: shared_counts(own, largest, worker) for name, own in zip(("all items", "seen left out"), ranks)}
+
+    def evaluate(self, worker: Worker, cutoffs: list[int], samples: int) -> dict:
+        """Metrics over all users, in the form of the evaluation stage."""
+        valid, test = (self.rank_counts(worker, column, max(cutoffs)) for column in (0, 1))
+        counts = test["all items"]
         return {
-            "users": int(counts[0].sum()),
-            "all_items": count_metrics(counts[0], cutoffs),
-            "seen_left_out": count_metrics(counts[1], cutoffs),
+            "method": "lightgcn",
+            "users": int(counts.sum()),
+            "test": count_metrics(counts, cutoffs),
+            "valid": count_metrics(valid["all items"], cutoffs),
+            "masked_seen": count_metrics(test["seen left out"], cutoffs),
+            "masked_seen_valid": count_metrics(valid["seen left out"], cutoffs),
+            "intervals": bootstrap_intervals(np.repeat(np.arange(len(counts)), counts), cutoffs, samples, self.seed),
         }
 
 
@@ -110,12 +124,12 @@ def train_lightgcn(worker: Worker, context: StageContext, settings: dict) -> Non
     rows = task.model.embeddings()
     write_sharded(context.out, rows, partitions.item_ids(), partitions.offsets, worker)
     write_sharded(context.out / "users", rows, partitions.user_ids(), partitions.offsets, worker)
-    metrics = {name: task.metrics(worker, column, settings["cutoffs"]) for column, name in ((0, "valid"), (1, "test"))}
+    metrics = task.evaluate(worker, settings["cutoffs"], settings["bootstrap_samples"])
     if worker.is_main:
         partition = task.model.partition
         exchange = {
             "halo_rows_of_worker_0": len(partition.halo),
             "bytes_received_by_worker_0_a_propagation": task.model.propagation.bytes_per_application * config.dim,
         }
-        write_json(context.out / "metrics.json", {"method": "lightgcn", **metrics})
+        write_json(context.out / "metrics.json", metrics | {"order": settings["order"]})
         write_json(context.out / "summary.json", summary | exchange)

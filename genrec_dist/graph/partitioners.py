@@ -76,8 +76,8 @@ def _pymetis(graph: Interactions, num_parts: int, seed: int) -> np.ndarray:
     """Body of pymetis's child process.
 
     The weight of a node is its degree, the cost of its row in a propagation, + 1: nodes without edges are spread too.
-    Recursive bisection keeps the weights within 0.1% and finds smaller cuts than k-way on graphs with communities
-    (16 parts of 100 communities: 7.0% for 8.3%, in twice the time).
+    Recursive bisection keeps the weights within 0.2% where k-way allows 3%. Measured on 1M pairs, 16 parts: cut 7.0%
+    for k-way's 8.3% with 100 communities, 75.8% for 74.7% without any.
     """
     try:
         import pymetis

@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from genrec_dist.config import FusionConfig, GeneratorConfig, IdentifierConfig, OptimConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.config import (
+    FusionConfig,
+    GeneratorConfig,
+    IdentifierConfig,
+    LightgcnConfig,
+    OptimConfig,
+    RuntimeConfig,
+    SasrecConfig,
+)
 
 FLOAT = 4
 VALUES_PER_TOKEN = 17
@@ -42,6 +50,13 @@ class Counts:
     def num_prefixes(self) -> int:
         """Training samples: every prefix of every train part, so 3 less than a user's interactions."""
         return int(np.sum(self._pairs()) * (1 if self.lengths is not None else self.num_users))
+
+    @property
+    def num_training_pairs(self) -> int:
+        """Interactions of the train parts; two a user are held out from 3 on."""
+        if self.lengths is None:
+            return max(0, self.num_interactions - 2 * self.num_users)
+        return int(np.where(self.lengths >= 3, self.lengths - 2, self.lengths).sum())
 
     def num_windows(self, width: int) -> int:
         """Training rows of models with a loss at every position: windows of at most `width` inputs."""
@@ -268,6 +283,28 @@ def sasrec_size(config: SasrecConfig, num_items: int, mean_targets: float = 1.0)
     return ModelSize(parameters, {}, flops, values + 3.0 * num_items * mean_targets)
 
 
+def lightgcn_size(config: LightgcnConfig, counts: Counts) -> ModelSize:
+    """LightGCN; its only products are the scores, so additions over neighbours are counted as well, one FLOP each.
+
+    In the full mode every batch propagates over the whole graph, in the sampled mode over its fan-outs.
+    """
+    dim, batch = config.dim, config.optim.batch_size
+    nodes = counts.num_users + counts.num_items
+    pairs = counts.num_training_pairs
+    shared = config.loss == "sampled_softmax"
+    read = (2 + config.num_negatives / (batch if shared else 1)) * batch
+    if config.mode == "full":
+        additions = 2.0 * config.num_layers * pairs * dim / batch
+        values = 2.0 * nodes * dim / batch
+    else:
+        additions, values, width = 0.0, 0.0, min(read, nodes)
+        for fanout in config.fanouts:
+            width = min(width * (1 + fanout), nodes)
+            additions += width * dim / batch
+            values += width * dim / batch
+    return ModelSize({"node embeddings": nodes * dim}, {}, additions + 2.0 * dim * (1 + config.num_negatives), values)
+
+
 @dataclass(frozen=True)
 class Batches:
     """Batch arithmetic of one gradient loop."""
@@ -288,7 +325,9 @@ def batch_arithmetic(samples: int, optim: OptimConfig, num_workers: int) -> Batc
     )
 
 
-def training_memory(size: ModelSize, per_worker: int, runtime: RuntimeConfig, *, zero: bool) -> dict[str, float]:
+def training_memory(
+    size: ModelSize, per_worker: int, runtime: RuntimeConfig, *, zero: bool, by_owner: bool = False
+) -> dict[str, float]:
     """Bytes a worker holds in training, by kind: float32 parameters, gradients and two Adam moments.
 
     Args:
@@ -296,9 +335,12 @@ def training_memory(size: ModelSize, per_worker: int, runtime: RuntimeConfig, *,
         per_worker: samples of a worker's batch.
         runtime: number of workers and ZeRO stage.
         zero: the engine shards by ZeRO (DeepSpeed): stage 1 shards the moments, stage 2 the gradients too.
+        by_owner: all parameters are tables whose rows are shared out.
     """
     stage = runtime.zero_stage if zero else 0
     workers, parameters = runtime.num_workers, size.num_parameters
+    if by_owner:
+        parameters, workers = -(-parameters // workers), 1
     return {
         "parameters": FLOAT * parameters,
         "gradients": FLOAT * parameters / (workers if stage >= 2 else 1),

@@ -178,7 +178,7 @@ SAVE = "import sys, numpy as np; np.save(sys.argv[1] + '/assignment.npy', "
         (SAVE + "np.zeros(43, np.int32))", "int32 of shape (43,)"),
         (SAVE + "np.zeros((44, 1), np.int32))", "int32 of shape (44, 1)"),
         (SAVE + "np.zeros(44))", "float64 of shape (44,)"),
-        (SAVE + "np.arange(44) - 1)", "partitions -1 to 42"),
+        (SAVE + "np.arange(44) % 2 - 1)", "partitions -1 to 0"),
         (SAVE + "np.full(44, 2))", "partitions 2 to 2"),
         (SAVE + "np.array([{}] * 44), allow_pickle=True)", "no readable result: Object arrays cannot be loaded"),
     ],
@@ -333,6 +333,7 @@ def originals(dgl, path: Path, part: int, index: dict) -> dict:
     }
 
 
+@pytest.mark.filterwarnings("ignore")  # of DGL's partition_graph, which we do not use
 def test_agrees_with_dgls_own_partition_graph(graph, tmp_path, monkeypatch):
     dgl = load_dgl()
     import torch

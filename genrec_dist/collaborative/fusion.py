@@ -5,6 +5,7 @@ Source: PRORec section 3.3, equations 2 to 5.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,7 +13,10 @@ from torch import nn
 from genrec_dist.collaborative.backbones import Din, SasRec
 from genrec_dist.collaborative.losses import full_softmax, info_nce, sampled_softmax, scale_of, similarity
 from genrec_dist.config import FusionConfig
-from genrec_dist.generator.transformer import init_weights
+from genrec_dist.graph.rows import normal_rows
+from genrec_dist.training.counter import stream_key
+
+TABLE_STD = 0.02
 
 
 class AdaLN(nn.Module):
@@ -55,6 +59,8 @@ class FusionModel(nn.Module):
     Args:
         config: fusion section.
         semantic: E_S, kept as a constant.
+        seed: of the item table, whose rows start as functions of their item alone.
+        item_indices: items of the rows, where the model has only some.
 
     Shapes:
         semantic: (num_items, semantic_dim) float32.
@@ -62,12 +68,16 @@ class FusionModel(nn.Module):
 
     semantic: torch.Tensor
 
-    def __init__(self, config: FusionConfig, semantic: torch.Tensor) -> None:
+    def __init__(
+        self, config: FusionConfig, semantic: torch.Tensor, seed: int = 0, item_indices: np.ndarray | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.num_items = len(semantic)
         self.register_buffer("semantic", semantic, persistent=False)
-        self.collaborative = nn.Embedding(self.num_items, config.dim)
+        indices = np.arange(self.num_items) if item_indices is None else item_indices
+        start = normal_rows(indices, config.dim, TABLE_STD, stream_key(seed, 4))
+        self.collaborative = nn.Embedding.from_pretrained(start, freeze=False)
         self.adaption = ModalityAdaption(semantic.shape[1], config.dim)
         if config.backbone == "din":
             self.backbone: nn.Module = Din(
@@ -77,7 +87,6 @@ class FusionModel(nn.Module):
             self.backbone = SasRec(
                 config.dim, config.max_history, config.num_layers, config.num_heads, config.dropout, config.input_norm
             )
-        init_weights(self.collaborative)
         nn.init.xavier_uniform_(self.adaption.linear.weight)
 
     def items(self, indices: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -87,9 +96,11 @@ class FusionModel(nn.Module):
         else:
             collaborative, semantic = self.collaborative(indices), self.semantic[indices]
         adapted = self.adaption(semantic)
-        if self.config.item_input == "collaborative":
-            return collaborative, adapted, collaborative
-        return collaborative, adapted, collaborative + adapted
+        return collaborative, adapted, self.read_table(collaborative, adapted)
+
+    def read_table(self, collaborative: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
+        """What the sequence model reads of rows of both tables."""
+        return collaborative if self.config.item_input == "collaborative" else collaborative + adapted
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Joint loss of a batch.

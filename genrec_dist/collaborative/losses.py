@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def similarity(a: torch.Tensor, b: torch.Tensor, kind: str) -> torch.Tensor:
-    """All pairs of rows: dot products ('dot', 'inner') or cosines ('cosine'), (A, B) float32.
+    """All pairs of rows: dot products ('dot', 'inner') or cosines ('cosine'), (A, B) float32 or float64.
 
     Always in float32 (TF32 on GPUs): bfloat16 has too few digits to rank a catalog.
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b = a.float(), b.float()
+        a, b = at_least_float32(a), at_least_float32(b)
         if kind == "cosine":
             a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
         return a @ b.T
@@ -31,7 +36,7 @@ def scale_of(kind: str, temperature: float) -> float:
 
 def full_softmax(logits_BN: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
     """Summed cross-entropy over the whole catalog (equation 4)."""
-    return F.cross_entropy(logits_BN.float(), targets_B, reduction="sum")
+    return F.cross_entropy(at_least_float32(logits_BN), targets_B, reduction="sum")
 
 
 def sampled_softmax(
@@ -51,11 +56,10 @@ def sampled_softmax(
 
     Source: Bengio and Senecal (2008).
     """
-    wide = torch.promote_types(negative_BM.dtype, torch.float32)
-    negative = negative_BM.to(wide).masked_fill(hit_BM, -math.inf)
+    negative = at_least_float32(negative_BM).masked_fill(hit_BM, -math.inf)
     valid = (~hit_BM).sum(1, keepdim=True).clamp(min=1)
-    negative = negative + torch.log(odds / valid.to(wide))
-    joined = torch.cat([positive_B.to(wide)[:, None], negative], 1)
+    negative = negative + torch.log(odds / valid.to(negative.dtype))
+    joined = torch.cat([at_least_float32(positive_B)[:, None], negative], 1)
     return (torch.logsumexp(joined, 1) - joined[:, 0]).sum()
 
 
@@ -93,7 +97,7 @@ def info_nce(
 
     Source: PRORec equation 3. Its logarithm of a sum over items is read as the sum of logarithms.
     """
-    logits = similarity(anchors, candidates, kind).float() / temperature
+    logits = similarity(anchors, candidates, kind) / temperature
     own = logits.gather(1, positives[:, None]).squeeze(1)
     if not positive_in_denominator:
         if len(candidates) < 2:  # a lone item has nothing to be told apart from

@@ -1,35 +1,44 @@
 """Fusion stage (PRORec Stage I): semantic embeddings + sequences -> integrated embeddings.
 
 Writes the integrated table (Zarr, the artifact itself), `collaborative/` and `adapted/` tables, model.safetensors,
-curves.jsonl, summary.json and similarity.json (equations 9 and 10, Table 4).
+curves.jsonl, summary.json and similarity.json (equations 9 and 10, Table 4). Over graph partitions the item table is in
+`collaborative/` alone, and model.safetensors holds the dense layers.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from genrec_dist.artifacts.embeddings import write_embeddings
 from genrec_dist.artifacts.files import write_json
-from genrec_dist.artifacts.reader import read_embeddings
+from genrec_dist.artifacts.reader import EmbeddingStore, read_embeddings
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.collaborative.fusion import FusionModel, integrate
+from genrec_dist.collaborative.sharded_fusion import ShardedFusionTask, check_shardable
 from genrec_dist.collaborative.similarity import concat_pca, modality_similarity
 from genrec_dist.config import Config, FusionConfig
 from genrec_dist.evaluation.dense import dense_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
+from genrec_dist.graph.rows import write_sharded
+from genrec_dist.graph.stage import Partitions, graph_stage, partition_stage
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
+from genrec_dist.training.owned import OwnedSequences
 from genrec_dist.training.samples import holdout_samples
+from genrec_dist.training.sharded import ShardedEngine
 from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, uniform_negatives
 from genrec_dist.training.worker import Worker
 
+COMPARED_ITEMS = 50_000
+"""Items whose rows are read for similarity.json where no worker has the whole tables."""
+
 
 def fusion_stage(config: Config, catalog: Stage, semantic: Stage) -> Stage:
-    """Stage that trains Stage I and writes the integrated embeddings."""
+    """Stage that trains Stage I and writes the integrated embeddings; sharded where the runtime asks for it."""
     settings = {
         "fusion": config.fusion.model_dump(mode="json"),
         "order": config.catalog.order,
@@ -37,7 +46,18 @@ def fusion_stage(config: Config, catalog: Stage, semantic: Stage) -> Stage:
         "validation_users": config.evaluation.validation_users,
     }
     inputs = {"catalog": catalog, "semantic": semantic}
-    return Stage("fusion", 1, settings, inputs, lambda context: build_fusion(context, settings))
+    if not config.runtime.shard_tables:
+        return Stage("fusion", 2, settings, inputs, lambda context: build_fusion(context, settings))
+    check_shardable(config.fusion)
+    partitions = partition_stage(config, graph_stage(config, catalog))
+    return Stage(
+        "fusion",
+        2,
+        settings,
+        inputs,
+        lambda context: build_sharded_fusion(context, settings),
+        placement={"partitions": partitions},
+    )
 
 
 class FusionTask:
@@ -48,7 +68,7 @@ class FusionTask:
     ) -> None:
         torch.manual_seed(seed)
         self.config, self.seed, self.users = config, seed, users
-        self.model = FusionModel(config, semantic).to(worker.device)
+        self.model = FusionModel(config, semantic, seed).to(worker.device)
         optim, device = config.optim, worker.device
         self.batches: PrefixBatches | RowBatches
         if config.backbone == "sasrec" and config.loss == "full_softmax":
@@ -93,13 +113,28 @@ def build_fusion(context: StageContext, settings: dict) -> None:
     for name, table in (("collaborative", collaborative), ("adapted", adapted)):
         (context.out / name).mkdir(exist_ok=True)
         write_embeddings(context.out / name, table.numpy())
+    _write_similarity(context, config, semantic, collaborative.numpy(), integrated, naive)
+
+
+def build_sharded_fusion(context: StageContext, settings: dict) -> None:
+    """Train over graph partitions, where the workers write the tables; a sample of items is compared."""
+    launch(train_sharded_fusion, context, settings)
+    config = FusionConfig.model_validate(settings["fusion"])
+    stores = [EmbeddingStore(f) for f in (context.inputs["semantic"], context.out / "collaborative", context.out)]
+    count = stores[0].num_items
+    rows = np.arange(count)
+    if count > COMPARED_ITEMS:
+        rows = np.sort(np.random.default_rng(settings["seed"]).choice(count, COMPARED_ITEMS, replace=False))
+    semantic, collaborative, integrated = (store.rows(rows) for store in stores)
+    _write_similarity(context, config, semantic, collaborative, integrated, concat_pca(semantic, collaborative))
+
+
+def _write_similarity(context: StageContext, config: FusionConfig, semantic, collaborative, integrated, naive) -> None:
     write_json(
         context.out / "similarity.json",
         {
-            "ours" if config.mode == "joint" else config.mode: modality_similarity(
-                semantic, collaborative.numpy(), integrated
-            ),
-            "concat": modality_similarity(semantic, collaborative.numpy(), naive),
+            "ours" if config.mode == "joint" else config.mode: modality_similarity(semantic, collaborative, integrated),
+            "concat": modality_similarity(semantic, collaborative, naive),
         },
     )
 
@@ -118,4 +153,27 @@ def train_fusion(worker: Worker, context: StageContext, settings: dict) -> None:
     engine = make_engine(task.model, config.optim, worker, context.runtime)
     summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])
     if worker.is_main:
+        write_json(context.out / "summary.json", summary)
+
+
+def train_sharded_fusion(worker: Worker, context: StageContext, settings: dict) -> None:
+    """Worker function: train Stage I on one partition, and write the tables together."""
+    config = FusionConfig.model_validate(settings["fusion"])
+    partitions = Partitions(context.inputs["partitions"])
+    partition = partitions.of_worker(worker.rank, worker.world_size)
+    owned = OwnedSequences(Catalog(context.inputs["catalog"], settings["order"]), np.asarray(partition.users))
+    semantic = torch.from_numpy(EmbeddingStore(context.inputs["semantic"]).rows(np.asarray(partition.items)))
+    task = ShardedFusionTask(
+        config, owned, semantic, partitions, worker, settings["seed"], settings["validation_users"]
+    )
+    engine = ShardedEngine(task.model, config.optim, worker)
+    summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])
+    task.model.eval()
+    folders = (context.out, context.out / "collaborative", context.out / "adapted")
+    for folder, table in zip(folders, task.model.own_tables()):
+        write_sharded(
+            folder, table, partitions.item_ids(), partitions.offsets, worker, first_row=task.model.num_own_users
+        )
+    if worker.is_main:
+        save_file({name: p.detach().cpu() for name, p in engine.dense.items()}, context.out / "model.safetensors")
         write_json(context.out / "summary.json", summary)

@@ -5,6 +5,7 @@ Row r of a worker's shard is its r-th owned node: its users first, then its item
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,14 @@ def normal_rows(nodes: np.ndarray, dim: int, std: float, key: int) -> torch.Tens
 
 @torch.no_grad()
 def write_sharded(
-    folder: Path, table: torch.Tensor, new_ids: np.ndarray, offsets: np.ndarray, worker: Worker, rows_per_shard: int = 0
+    folder: Path,
+    table: torch.Tensor,
+    new_ids: np.ndarray,
+    offsets: np.ndarray,
+    worker: Worker,
+    *,
+    first_row: int = 0,
+    rows_per_shard: int = 0,
 ) -> None:
     """Write a sharded table as one embedding array, in the order of `new_ids`.
 
@@ -52,6 +60,7 @@ def write_sharded(
         new_ids: new id of every row of the array.
         offsets: first new id of every worker.
         worker: this process.
+        first_row: owned row that the table begins with: 0, or the number of own users for a table of items.
         rows_per_shard: of the array; 0 chooses.
 
     Shapes:
@@ -68,7 +77,8 @@ def write_sharded(
         start, end = writer.rows(shard) if shard < writer.num_shards else (0, 0)
         ids = np.asarray(new_ids[start:end])
         order = np.argsort(ids)
-        rows = fetch_rows(table, request_rows(ids[order], offsets, worker), worker)
+        plan = request_rows(ids[order], offsets, worker)
+        rows = fetch_rows(table, replace(plan, send_rows=plan.send_rows - first_row), worker)
         if shard < writer.num_shards:
             values = np.empty((end - start, dim), np.float32)
             values[order] = rows.cpu().numpy()

@@ -220,9 +220,7 @@ def time_reference(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         batch = task.pairs.local(task.order.batch(step))
         offsets = (0, graph.num_users, graph.num_users)
-        nodes = [
-            torch.from_numpy(n.ravel() + o) for n, o in zip((batch.users, batch.positives, batch.negatives), offsets)
-        ]
+        nodes = [n.ravel() + o for n, o in zip((batch.users, batch.positives, batch.negatives), offsets)]
         rows = propagate()
         user, positive, negative = (rows[n] for n in nodes)
         loss = F.softplus(((negative - positive) * user).sum(1)).mean()

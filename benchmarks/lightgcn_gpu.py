@@ -148,9 +148,10 @@ def parity(args: argparse.Namespace) -> None:
         one = parity_run(Worker(device=GPU), root)
         mp.spawn(_parity_entry, (str(root),), nprocs=2)
         for dtype, results in one.items():
-            other = torch.load(root / f"{dtype}.pt", weights_only=True)
-            text = ", ".join(f"{n} {relative(other[n], value):.1e}" for n, value in results.items())
-            print(f"NCCL, 2 GPUs against 1, {dtype}: {text}", flush=True)
+            for overlap in (False, True):
+                other = torch.load(root / f"{dtype}-{overlap}.pt", weights_only=True)
+                text = ", ".join(f"{n} {relative(other[n], value):.1e}" for n, value in results.items())
+                print(f"NCCL, 2 GPUs against 1, {dtype}, overlap {overlap}: {text}", flush=True)
 
 
 def _parity_entry(rank: int, root: str) -> None:
@@ -161,7 +162,7 @@ def _parity_entry(rank: int, root: str) -> None:
     for overlap in (False, True):
         for dtype, results in parity_run(worker, Path(root), overlap).items():
             if worker.is_main:
-                torch.save(results, f"{root}/{dtype}.pt")
+                torch.save(results, f"{root}/{dtype}-{overlap}.pt")
     dist.destroy_process_group()
 
 
@@ -221,10 +222,7 @@ def quality(args: argparse.Namespace) -> None:
             batch = task.pairs.local(task.order.batch(step))
             local = task.model.localize(batch, step)
             offsets = (0, graph.num_users, graph.num_users)
-            rows = [
-                torch.from_numpy(n.ravel() + o).to(GPU)
-                for n, o in zip((batch.users, batch.positives, batch.negatives), offsets)
-            ]
+            rows = [n.ravel() + o for n, o in zip((batch.users, batch.positives, batch.negatives), offsets)]
             torch.cuda.synchronize()
             began = time.perf_counter()
             engine.backward(engine.forward(local)["loss"])

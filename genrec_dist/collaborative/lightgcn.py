@@ -85,6 +85,7 @@ class LightGCN(nn.Module):
         self.nodes = owned_nodes(self.partition)
         values = normal_rows(self.nodes, config.dim, config.init_std, stream_key(seed, 3))
         self.table = nn.Parameter(values.to(worker.device))
+        self.item_ids = torch.from_numpy(np.array(partitions.item_ids())).to(worker.device)
         self.propagation = Propagation(self.partition, worker, config.num_layers, kind, overlap)
         self.sampler = NeighbourSampler(self.partition, worker, config.fanouts) if config.mode == "sampled" else None
         degrees = torch.from_numpy(np.array(self.partition.degrees, np.float64)).to(worker.device)
@@ -106,31 +107,32 @@ class LightGCN(nn.Module):
             batch: this worker's pairs.
             key: of the neighbour samples.
         """
-        worker, new_id = self.worker, self.partitions.item_ids()
-        shared = batch.negatives.ndim == 1
-        first = self.partition.offsets[worker.rank]
-        wanted = [first + batch.users, new_id[batch.positives], new_id[batch.negatives.ravel()]]
-        rows, place = np.unique(np.concatenate(wanted), return_inverse=True)
-        users, positives, negatives = np.split(place, np.cumsum([len(part) for part in wanted[:2]]))
-        reads = np.bincount(positives, minlength=len(rows)) + np.bincount(users, minlength=len(rows))
-        if not shared or worker.is_main:  # shared negatives are every worker's: their squares are counted once
-            reads = reads + np.bincount(negatives, minlength=len(rows))
-        blocks, outermost = (None, rows) if self.sampler is None else self.sampler.blocks(rows, key)
-        plan = request_rows(outermost, self.partition.offsets, worker)
-        to_device = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(worker.device)  # noqa: E731
-        reads_there = to_device(reads.astype(np.float32))
+        worker, shared = self.worker, batch.negatives.ndim == 1
+        first = int(self.partitions.offsets[worker.rank])
+        wanted = [first + batch.users, self.item_ids[batch.positives], self.item_ids[batch.negatives.ravel()]]
+        rows, place = torch.unique(torch.cat(wanted), return_inverse=True)
+        users, positives, negatives = place.split([len(part) for part in wanted])
+        # Shared negatives are every worker's: their squares are counted once.
+        read = torch.cat([users, positives] if shared and not worker.is_main else [users, positives, negatives])
+        reads = torch.bincount(read, minlength=len(rows)).float()
+        blocks, outermost = None, rows
+        if self.sampler is not None:
+            blocks, nodes = self.sampler.blocks(rows.cpu().numpy(), key)
+            outermost = torch.from_numpy(nodes).to(worker.device)
+        plan = request_rows(outermost, self.partitions.offsets, worker)
+        roots = torch.from_numpy(np.sqrt(blocks[0].degrees)[:, None]).to(worker.device) if blocks else None
         return LocalBatch(
             plan=plan,
             count=batch.size / worker.world_size,
-            users=to_device(users),
-            positives=to_device(positives),
-            negatives=to_device(negatives.reshape(batch.negatives.shape)),
-            reads=reads_there,
-            sent_reads=return_values(reads_there, plan, worker) if blocks is None else None,
-            odds=None if batch.odds is None else to_device(batch.odds),
-            hit=to_device(batch.negatives[None] == batch.positives[:, None]) if shared else None,
+            users=users,
+            positives=positives,
+            negatives=negatives.view(batch.negatives.shape),
+            reads=reads,
+            sent_reads=return_values(reads, plan, worker) if blocks is None else None,
+            odds=None if batch.odds is None else batch.odds.float(),
+            hit=batch.negatives[None] == batch.positives[:, None] if shared else None,
             blocks=blocks,
-            root_degrees=to_device(np.sqrt(blocks[0].degrees)[:, None]) if blocks else None,
+            root_degrees=roots,
         )
 
     def forward(self, batch: LocalBatch) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ metrics.json (Recall and NDCG of the model itself) and summary.json. Every worke
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.collaborative.lightgcn import LightGCN, LocalBatch
@@ -72,10 +73,10 @@ class LightgcnTask:
     ) -> None:
         self.config, self.partitions, self.targets, self.seed = config, partitions, targets, seed
         self.model = LightGCN(config, partitions, worker, seed, kind, overlap)
-        self.pairs = PairBatches(graph, self.model.partition, config, seed)
+        self.pairs = PairBatches(graph, self.model.partition, config, seed, worker.device)
         self.order = self.pairs.order
 
-    def batch(self, indices: np.ndarray, worker: Worker) -> LocalBatch:
+    def batch(self, indices: torch.Tensor, worker: Worker) -> LocalBatch:
         return self.model.localize(self.pairs.local(indices), stream_key(self.pairs.key(indices), 2))
 
     def validate(self, worker: Worker) -> dict[str, float]:

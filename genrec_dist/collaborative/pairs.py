@@ -1,7 +1,8 @@
 """Batches of training pairs for LightGCN: the global batch is a function of the step; a worker takes its users' pairs.
 
 A sample is the place of a pair in the graph's order by user. Negatives are functions of (seed, batch, sample), so no
-batch depends on how the graph is partitioned.
+batch depends on how the graph is partitioned. Everything is drawn and looked up on the worker's device: a large batch
+on a GPU would wait for the host otherwise.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from genrec_dist.config import LightgcnConfig
 from genrec_dist.graph.interactions import Interactions
@@ -30,14 +32,14 @@ class PairBatch:
     Shapes:
         users: (b,) int64 own rows. positives: (b,) int64 item indices. negatives: (b, num_negatives) int64 item
             indices (bpr), or (num_negatives,), the same on every worker (sampled_softmax).
-        odds: (b, num_negatives) float32 (sampled_softmax), see losses.sampled_softmax.
+        odds: (b, num_negatives) float64 (sampled_softmax), see losses.sampled_softmax.
     """
 
-    users: np.ndarray
-    positives: np.ndarray
-    negatives: np.ndarray
+    users: torch.Tensor
+    positives: torch.Tensor
+    negatives: torch.Tensor
     size: int
-    odds: np.ndarray | None = None
+    odds: torch.Tensor | None = None
 
 
 class PairBatches:
@@ -48,73 +50,88 @@ class PairBatches:
         partition: what this worker owns.
         config: lightgcn section.
         seed: of order and negatives.
+        device: where batches are made.
     """
 
-    def __init__(self, graph: Interactions, partition: Partition, config: LightgcnConfig, seed: int) -> None:
+    def __init__(
+        self, graph: Interactions, partition: Partition, config: LightgcnConfig, seed: int, device: torch.device
+    ) -> None:
         self.config, self.seed = config, seed
         self.num_items = graph.num_items
-        self.order = BatchOrder(graph.num_pairs, config.optim.batch_size, seed)
-        self._indptr = graph.user_indptr
+        self.order = BatchOrder(graph.num_pairs, config.optim.batch_size, seed, device=device)
         users = np.asarray(partition.users)
-        self._own_row = np.full(graph.num_users, -1, np.int32)
-        self._own_row[users] = np.arange(len(users))
+        own_row = np.full(graph.num_users, -1, np.int32)
+        own_row[users] = np.arange(len(users))
         starts, counts = graph.user_indptr[users], graph.user_indptr[users + 1] - graph.user_indptr[users]
-        self._start = np.concatenate([[0], np.cumsum(counts)])
-        place = np.arange(self._start[-1]) + np.repeat(starts - self._start[:-1], counts)
-        self._items = np.asarray(graph.user_items[place])
-        self._keys = np.repeat(np.arange(len(users)), counts) * self.num_items + self._items
-        self.distribution = item_distribution(np.diff(graph.item_indptr), config)
+        start = np.concatenate([[0], np.cumsum(counts)])
+        place = np.arange(start[-1]) + np.repeat(starts - start[:-1], counts)
+        items = np.asarray(graph.user_items[place])
+        to_device = lambda array: torch.from_numpy(np.array(array)).to(device)  # noqa: E731
+        self._indptr, self._own_row, self._start = map(to_device, (graph.user_indptr, own_row, start))
+        self._items = to_device(items)
+        self._keys = to_device(np.repeat(np.arange(len(users)), counts) * self.num_items + items)
+        distribution = item_distribution(np.diff(graph.item_indptr), config)
+        self.distribution = None if distribution is None else to_device(distribution)
 
-    def key(self, samples: np.ndarray) -> int:
+    def key(self, samples: torch.Tensor) -> int:
         """What the random numbers of a global batch are drawn by."""
-        return stream_key(self.seed, int(samples[0]), int(samples[-1]), len(samples))
+        first, last = samples[[0, -1]].tolist()
+        return stream_key(self.seed, first, last, len(samples))
 
-    def local(self, samples: np.ndarray) -> PairBatch:
-        """This worker's pairs of a global batch, in its order."""
+    def local(self, samples: torch.Tensor) -> PairBatch:
+        """This worker's pairs of a global batch, in its order.
+
+        Shapes:
+            samples: (n,) int64 on the device.
+        """
         key = self.key(samples)
-        user = np.searchsorted(self._indptr, samples, side="right") - 1
-        row = self._own_row[user].astype(np.int64)
+        user = torch.searchsorted(self._indptr, samples, right=True) - 1
+        row = self._own_row[user].long()
         mine = row >= 0
         user, row, own = user[mine], row[mine], samples[mine]
-        positives = self._items[self._start[row] + (own - self._indptr[user])].astype(np.int64)
+        positives = self._items[self._start[row] + (own - self._indptr[user])].long()
         if self.config.loss == "sampled_softmax":
-            negatives = self._draw(np.arange(self.config.num_negatives), stream_key(key, 0))
+            counters = torch.arange(self.config.num_negatives, device=samples.device)
+            negatives = self.draw(counters, stream_key(key, 0))
             odds = (1 - self.chances(positives))[:, None] / self.chances(negatives)[None]
-            return PairBatch(row, positives, negatives, len(samples), odds.astype(np.float32))
+            return PairBatch(row, positives, negatives, len(samples), odds)
         negatives = self._negatives(row, own, stream_key(key, 1))
         return PairBatch(row, positives, negatives, len(samples))
 
-    def _negatives(self, row: np.ndarray, samples: np.ndarray, key: int) -> np.ndarray:
+    def _negatives(self, row: torch.Tensor, samples: torch.Tensor, key: int) -> torch.Tensor:
         """For each pair, items that its user has no training interaction with."""
         each = self.config.num_negatives
-        counters = samples[:, None] * each + np.arange(each)
-        rows = np.broadcast_to(row[:, None], counters.shape)
-        drawn = self._draw(counters, stream_key(key, 0))
+        counters = (samples[:, None] * each + torch.arange(each, device=samples.device)).ravel()
+        rows = row.repeat_interleave(each)
+        drawn = self.draw(counters, stream_key(key, 0))
+        todo = torch.arange(len(drawn), device=drawn.device)
         for attempt in range(1, TRIES):
-            bad = self.is_positive(rows, drawn)
-            if not bad.any():
+            todo = todo[self.is_positive(rows[todo], drawn[todo])]
+            if not len(todo):
                 break
-            drawn[bad] = self._draw(counters[bad], stream_key(key, attempt))
-        return drawn
+            drawn[todo] = self.draw(counters[todo], stream_key(key, attempt))
+        return drawn.view(-1, each)
 
-    def is_positive(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+    def is_positive(self, rows: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """True where the user of an own row has a training interaction with the item."""
         keys = rows * self.num_items + items
-        place = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
-        return self._keys[place] == keys if len(self._keys) else np.zeros(keys.shape, bool)
+        if not len(self._keys):
+            return torch.zeros_like(keys, dtype=torch.bool)
+        place = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
+        return self._keys[place] == keys
 
-    def _draw(self, counters: np.ndarray, key: int) -> np.ndarray:
-        """Items by the negative distribution."""
+    def draw(self, counters: torch.Tensor, key: int) -> torch.Tensor:
+        """Items by the negative distribution, one for each counter."""
         chance = uniforms(counters, key)
         if self.distribution is None:
-            return np.minimum((chance * self.num_items).astype(np.int64), self.num_items - 1)
-        return np.minimum(np.searchsorted(self.distribution, chance, side="right"), self.num_items - 1)
+            return (chance * self.num_items).long().clamp(max=self.num_items - 1)
+        return torch.searchsorted(self.distribution, chance, right=True).clamp(max=self.num_items - 1)
 
-    def chances(self, items: np.ndarray) -> np.ndarray:
-        """Chance of each item to be drawn."""
+    def chances(self, items: torch.Tensor) -> torch.Tensor:
+        """Chance of each item to be drawn, float64."""
         if self.distribution is None:
-            return np.full(items.shape, 1 / self.num_items)
-        below = np.where(items > 0, self.distribution[np.maximum(items - 1, 0)], 0.0)
+            return torch.full(items.shape, 1 / self.num_items, dtype=torch.float64, device=items.device)
+        below = torch.where(items > 0, self.distribution[(items - 1).clamp(min=0)], 0.0)
         return self.distribution[items] - below
 
 

@@ -39,7 +39,7 @@ class RowPlan:
         return sum(self.receive_counts)
 
 
-def request_rows(ids: np.ndarray, offsets: np.ndarray, worker: Worker) -> RowPlan:
+def request_rows(ids: np.ndarray | torch.Tensor, offsets: np.ndarray, worker: Worker) -> RowPlan:
     """Plan by which every worker gets the rows it names, in the order in which it names them.
 
     All workers have to call this together.
@@ -52,10 +52,11 @@ def request_rows(ids: np.ndarray, offsets: np.ndarray, worker: Worker) -> RowPla
     Shapes:
         ids: (n,) int64. offsets: (world_size + 1,) int64.
     """
-    wanted = np.diff(np.searchsorted(ids, offsets)).tolist()
-    mine = torch.from_numpy(np.array(ids, np.int64)).to(worker.device)
+    mine = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(np.array(ids, np.int64)).to(worker.device)
     if worker.world_size == 1:
-        return RowPlan(mine, wanted, wanted)
+        return RowPlan(mine, [len(mine)], [len(mine)])
+    bounds = torch.from_numpy(offsets).to(worker.device)
+    wanted = torch.diff(torch.searchsorted(mine, bounds)).tolist()
     asked = exchange_counts(wanted, worker)
     rows = mine.new_empty(sum(asked))
     dist.all_to_all_single(rows, mine, asked, wanted)

@@ -41,7 +41,7 @@ class Task(Protocol):
     @property
     def order(self) -> BatchOrder: ...
 
-    def batch(self, indices: np.ndarray, worker: Worker) -> Any:
+    def batch(self, indices: Any, worker: Worker) -> Any:
         """This worker's part of a global batch, as the model reads it."""
 
     def validate(self, worker: Worker) -> dict[str, float]:

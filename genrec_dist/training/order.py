@@ -6,18 +6,21 @@ integer (the step) and any world size can go on from it with no sample lost or r
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from genrec_dist.training.counter import mix
+import numpy as np
+import torch
+
+from genrec_dist.training.counter import Array, mix
 
 _ROUNDS = 6
 
 
-def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+def permute(indices: Array, size: int, seed: int, epoch: int) -> Array:
     """Images of `indices` under the permutation of 0..size-1 that belongs to (seed, epoch).
 
     Args:
-        indices: positions in the epoch.
+        indices: positions in the epoch, a numpy array or a torch tensor.
         size: number of samples.
         seed: seed of the run.
         epoch: number of the epoch.
@@ -28,18 +31,21 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
     Source: Feistel network with cycle walking (Black and Rogaway, 2002).
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
-    key = int(mix(np.array([seed], np.uint64), epoch + 1)[0])
-    out = np.asarray(indices).astype(np.uint64)
-    todo = np.arange(len(out))
-    while len(todo):
-        left, right = out[todo] >> shift, out[todo] & mask
-        for r in range(_ROUNDS):
-            left, right = right, left ^ (mix(right, key + r) & mask)
-        out[todo] = (left << shift) | right
-        todo = todo[out[todo] >= size]
-    return out.astype(np.int64)
+    mask = (1 << half) - 1
+    key = int(mix(np.array([seed], np.int64), epoch + 1)[0])
+    out = _network(indices, half, mask, key)
+    outside = out >= size
+    while bool(outside.any()):
+        out[outside] = _network(out[outside], half, mask, key)
+        outside = out >= size
+    return out
+
+
+def _network(values: Array, half: int, mask: int, key: int) -> Array:
+    left, right = values >> half, values & mask
+    for r in range(_ROUNDS):
+        left, right = right, left ^ (mix(right, key + r) & mask)
+    return (left << half) | right
 
 
 class BatchOrder:
@@ -52,12 +58,20 @@ class BatchOrder:
         lengths: cost of each sample; with `buckets` > 0 the batches of a window of `buckets` batches are
             formed from samples of like length, and the window's batches are shuffled.
         buckets: batches in a window; 0 keeps the plain shuffle.
+        device: batches are tensors that are made there; by default numpy arrays. Not with buckets.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, seed: int, lengths: np.ndarray | None = None, buckets: int = 0
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        lengths: np.ndarray | None = None,
+        buckets: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.device = device
         self.lengths, self.buckets = lengths, buckets if lengths is not None else 0
         self._window: tuple[int, int, np.ndarray] | None = None
 
@@ -65,13 +79,15 @@ class BatchOrder:
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
-    def batch(self, step: int) -> np.ndarray:
+    def batch(self, step: int) -> Any:
         """Sample indices of a global step, (batch,) int64."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if not self.buckets:
             start = index * self.batch_size
-            positions = np.arange(start, min(start + self.batch_size, self.num_samples))
-            return permute(positions, self.num_samples, self.seed, epoch)
+            stop = min(start + self.batch_size, self.num_samples)
+            if self.device is not None:
+                return permute(torch.arange(start, stop, device=self.device), self.num_samples, self.seed, epoch)
+            return permute(np.arange(start, stop), self.num_samples, self.seed, epoch)
         window, within = divmod(index, self.buckets)
         samples = self._sorted_window(epoch, window)
         num_batches = -(-len(samples) // self.batch_size)

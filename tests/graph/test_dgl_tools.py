@@ -124,6 +124,29 @@ def test_metis_leaves_this_process_without_dgl():
     assert done.returncode == 0, done.stderr
 
 
+def test_metis_is_given_the_whole_graph_and_its_types(monkeypatch):
+    import torch
+
+    calls = []
+
+    def assign(whole, num_parts, **options):
+        edges = sorted(zip(*(ends.tolist() for ends in whole.edges()), strict=True))
+        calls.append((whole.num_nodes(), edges, num_parts, options.pop("balance_ntypes").tolist(), options))
+        return torch.tensor([0, 1, 0, 1, 0])
+
+    monkeypatch.setattr(load_dgl(), "metis_partition_assignment", assign)
+    small = Interactions.from_pairs([0, 0, 2], [0, 1, 1], 3, 2)
+    assert dgl_tools._metis(small, 2, 0).tolist() == [0, 1, 0, 1, 0]
+    edges = [(0, 3), (0, 4), (2, 4), (3, 0), (4, 0), (4, 2)]
+    assert calls == [(5, edges, 2, [0, 0, 0, 1, 1], {"balance_edges": True})]
+
+
+def test_metis_that_reports_an_error(monkeypatch, graph):
+    monkeypatch.setattr(load_dgl(), "metis_partition_assignment", lambda *a, **k: None)
+    with pytest.raises(ClusterError, match="METIS reported an error"):
+        dgl_tools._metis(graph, 2, 0)
+
+
 def test_metis_over_its_time_limit(graph):
     before = set(psutil.Process().children())
     with pytest.raises(ClusterError, match="partitioner metis gave no assignment") as caught:
@@ -260,6 +283,7 @@ def test_dgl_reads_what_was_written(case, graph, tmp_path, monkeypatch):
     mapped = (load_partition(tmp_path, part, NUM_USERS, NUM_ITEMS, offsets) for part in range(num_parts))
     path = write_dgl_partition(tmp_path / "dgl", mapped, num_parts, "random")
     assert path == tmp_path / "dgl" / "graph.json"
+    assert dgl_tools.read_json(path)["part_method"] == "random"
     edges, seen_edges, seen_ids = directed_edges(graph), set(), []
     for part in range(num_parts):
         local, node_features, edge_features, book, name, ntypes, etypes = dgl.distributed.load_partition(
@@ -367,7 +391,8 @@ def test_agrees_with_dgls_own_partition_graph(graph, tmp_path, monkeypatch):
 
 def test_partitions_must_be_whole_and_in_order(graph, tmp_path):
     partitions = list(iterate_partitions(graph, np.arange(44) % 3, 3))
-    for some in (partitions[:2], partitions[::-1], []):
+    others = list(iterate_partitions(graph, np.repeat([0, 1, 2], [20, 14, 10]), 3))
+    for some in (partitions[:2], partitions[::-1], [], [partitions[0], *others[1:]]):
         with pytest.raises(DataError, match="in order"):
             write_dgl_partition(tmp_path, some, 3, "random")
         assert not os.path.exists(tmp_path / "graph.json")

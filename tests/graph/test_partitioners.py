@@ -8,9 +8,11 @@ import struct
 import subprocess
 
 import numpy as np
+import pymetis
 import pytest
 
 from genrec_dist.errors import ClusterError, ConfigError, DataError
+from genrec_dist.graph import partitioners
 from genrec_dist.graph.interactions import FILES, Interactions
 from genrec_dist.graph.layout import iterate_partitions
 from genrec_dist.graph.partitioners import KINDS, assign_nodes, assignment_hash, cut_pairs, partition_report
@@ -45,6 +47,33 @@ def test_communities_are_found(kind):
     assert report["balance"]["edges"] < 1.1
     assert report["balance"]["users"] < 1.25
     assert sum(p["halo"] for p in report["parts"]) < 0.5 * sum(p["halo"] for p in at_random["parts"])
+
+
+@pytest.mark.parametrize("kind", ["metis", "pymetis"])
+def test_edges_are_balanced_where_nodes_alone_would_part_busy_from_idle(kind):
+    rng = np.random.default_rng(0)
+    busy = rng.integers(0, 100, 3000), rng.integers(0, 50, 3000)
+    idle = rng.integers(100, 200, 200), rng.integers(50, 100, 200)
+    users, items = (np.concatenate(both) for both in zip(busy, idle, strict=True))
+    graph = Interactions.from_pairs(users, items, 200, 100)
+    assert report_of(graph, np.repeat([0, 1, 0, 1], [100, 100, 50, 50]), 2)["balance"]["edges"] > 1.8
+    assert report_of(graph, assign_nodes(kind, graph, 2, seed=0), 2)["balance"]["edges"] < 1.05
+
+
+def test_pymetis_is_given_the_whole_graph(monkeypatch):
+    graph = Interactions.from_pairs([0, 0, 2], [0, 1, 1], 3, 2)
+    calls = []
+
+    def part_graph(num_parts, adjacency, *, vweights, recursive, options):
+        calls.append((num_parts, adjacency.adj_starts.tolist(), adjacency.adjacent.tolist(), vweights.tolist()))
+        assert {part.dtype for part in (adjacency.adj_starts, adjacency.adjacent, vweights)} == {
+            pymetis.zero_copy_dtype()
+        }
+        return pymetis.GraphPartition(0, [0, 1, 0, 1, 0])
+
+    monkeypatch.setattr(pymetis, "part_graph", part_graph)
+    assert partitioners._pymetis(graph, 2, seed=0).tolist() == [0, 1, 0, 1, 0]
+    assert calls == [(2, [0, 2, 2, 3, 4, 6], [3, 4, 4, 0, 0, 2], [3, 1, 2, 2, 3])]
 
 
 def test_pymetis_repeats_itself_and_heeds_the_seed(tmp_path):

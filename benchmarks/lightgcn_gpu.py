@@ -3,8 +3,10 @@
 Runs in plain processes, needs neither Ray nor DGL.
 
     python benchmarks/lightgcn_gpu.py kernels --nodes 5000000 --pairs 100000000
-    python benchmarks/lightgcn_gpu.py parity            # two GPUs
+    for rank in 0 1; do python benchmarks/lightgcn_gpu.py parity --rank $rank --meet /tmp/meet & done; wait
     python benchmarks/lightgcn_gpu.py quality --sequences FOLDER --epochs 60
+
+Without a GPU the same code runs on the CPU, to try it out; its times then say nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from genrec_dist.catalog.dataset import Catalog
 from genrec_dist.collaborative.lightgcn_stage import LightgcnTask
@@ -33,20 +34,32 @@ from genrec_dist.testing.graphs import community_graph
 from genrec_dist.training.sharded import ShardedEngine
 from genrec_dist.training.worker import Worker
 
-GPU = torch.device("cuda", 0)
+CUDA = torch.cuda.is_available()
+GPU = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+KERNELS = ("triton", "torch") if CUDA else ("dgl", "torch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["kernels", "parity", "quality"])
+    parser.add_argument("what", nargs="+", choices=["kernels", "parity", "quality"])
+    parser.add_argument("--rank", type=int, default=0, help="of two processes (parity); rank 1 does nothing else")
+    parser.add_argument("--meet", type=Path, default=Path("/tmp/lightgcn-parity"), help="file the two meet at")
     parser.add_argument("--nodes", type=int, default=5_000_000)
     parser.add_argument("--pairs", type=int, default=100_000_000)
     parser.add_argument("--batch", type=int, default=4_194_304)
     parser.add_argument("--sequences", type=Path, help="folder with items.parquet and sequences.parquet")
     parser.add_argument("--epochs", type=int, default=60)
     args = parser.parse_args()
-    print(f"{torch.cuda.get_device_name(0)} x {torch.cuda.device_count()}, torch {torch.__version__}", flush=True)
-    {"kernels": kernels, "parity": parity, "quality": quality}[args.what](args)
+    if CUDA and not args.rank:
+        print(f"{torch.cuda.get_device_name(0)} x {torch.cuda.device_count()}, torch {torch.__version__}", flush=True)
+    for what in args.what:
+        if what == "parity" or not args.rank:
+            {"kernels": kernels, "parity": parity, "quality": quality}[what](args)
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
 
 
 def config_of(batch: int, **more) -> LightgcnConfig:
@@ -63,10 +76,10 @@ def seconds(function, repeats: int = 5) -> float:
     """Median seconds of a GPU function, after two calls of warm-up."""
     times = []
     for turn in range(repeats + 2):
-        torch.cuda.synchronize()
+        synchronize()
         began = time.perf_counter()
         function()
-        torch.cuda.synchronize()
+        synchronize()
         if turn > 1:
             times.append(time.perf_counter() - began)
     return float(np.median(times))
@@ -79,24 +92,37 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / seconds(lambda: target.copy_(source))
 
 
+def large_graph(num_users: int, num_items: int, num_pairs: int) -> Interactions:
+    """Random pairs with some popular items, sorted on the GPU."""
+    torch.manual_seed(0)
+    items = (num_items * torch.rand(num_pairs, device=GPU, dtype=torch.float64) ** 2).long()
+    keys = torch.unique(torch.randint(num_users, (num_pairs,), device=GPU) * num_items + items)
+    user, item = keys // num_items, keys % num_items
+    by_item = torch.sort(item, stable=True).indices
+    pointers = [torch.cumsum(torch.bincount(x, minlength=n), 0) for x, n in ((user, num_users), (item, num_items))]
+    zero = np.zeros(1, np.int64)
+    users, items = (np.concatenate([zero, p.cpu().numpy()]) for p in pointers)
+    return Interactions(users, item.int().cpu().numpy(), items, user[by_item].int().cpu().numpy())
+
+
 def kernels(args: argparse.Namespace) -> None:
     """Sums over neighbours by kernel, a training step, and the share of the bandwidth that was measured."""
     clock = time.perf_counter()
     users = args.nodes * 7 // 10
-    graph = community_graph(users, args.nodes - users, args.pairs, communities=64)
+    graph = large_graph(users, args.nodes - users, args.pairs)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_partitions(folder, graph, np.zeros(graph.num_nodes, np.int32), 1, "random")
         partition = Partitions(folder)[0]
         print(f"{graph.num_nodes:,} nodes, {graph.num_pairs:,} pairs, made in {time.perf_counter() - clock:.0f} s")
-        ceiling = copy_bandwidth()
+        ceiling = copy_bandwidth() if CUDA else 1e10
         print(f"copy: {ceiling / 1e12:.3f} TB/s", flush=True)
         x = torch.randn(graph.num_nodes, 64, device=GPU)
         edges = 2 * graph.num_pairs
         gathered = edges * (64 * 4 + 4) + graph.num_nodes * (64 * 4 + 8)
         once = 2 * graph.num_nodes * 64 * 4 + edges * 4
         wanted = None
-        for kind in ("triton", "torch"):
+        for kind in KERNELS:
             kernel = make_neighbour_sum(partition.indptr, partition.indices, graph.num_nodes, GPU, kind)
             took, found = seconds(lambda k=kernel: k(x)), kernel(x)
             wanted = found if wanted is None else wanted
@@ -107,69 +133,66 @@ def kernels(args: argparse.Namespace) -> None:
                 flush=True,
             )
             del kernel
-        for kind in ("triton", "torch"):
+        for kind in KERNELS:
             task = make_task(graph, folder, Worker(device=GPU), config_of(args.batch), kind)
             engine = ShardedEngine(task.model, task.config.optim, Worker(device=GPU))
-            parts = {"batch": [], "train": []}
-            for step in range(5):
+            parts: dict[str, list[float]] = {"batch": [], "train": []}
+            for step in range(4):
+                synchronize()
                 began = time.perf_counter()
                 batch = task.batch(task.order.batch(step), Worker(device=GPU))
-                torch.cuda.synchronize()
+                synchronize()
                 middle = time.perf_counter()
                 engine.backward(engine.forward(batch)["loss"])
                 engine.step(1e-3)
-                torch.cuda.synchronize()
+                synchronize()
                 parts["batch"].append(middle - began)
                 parts["train"].append(time.perf_counter() - middle)
             made, trained = (float(np.median(parts[n][1:])) for n in ("batch", "train"))
             steps = task.order.steps_per_epoch
-            share = 6 * gathered / trained / ceiling
+            peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
             print(
-                f"step, {kind}: batch on the host {made:.3f} s, GPU {trained:.3f} s (six sums alone would be "
-                f"{share:.2f} of copy); epoch of {steps} steps: {steps * (made + trained):.1f} s, GPU alone "
-                f"{steps * trained:.1f} s; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
+                f"step of {args.batch:,} pairs, {kind}: batch {made:.3f} s, forward, backward and Adam {trained:.3f} s "
+                f"(its six sums gather {6 * gathered / trained / ceiling:.2f} of copy); epoch of {steps} steps "
+                f"{steps * (made + trained):.1f} s; peak {peak:.1f} GiB",
                 flush=True,
             )
             del task, engine
-            torch.cuda.reset_peak_memory_stats()
 
 
 PARITY = (12_000, 8_000, 400_000)
 
 
 def parity(args: argparse.Namespace) -> None:
-    """Loss, gradient and trained embeddings of two GPUs over NCCL beside one, and the time of both on a large graph."""
+    """Loss, gradient and trained embeddings of two processes beside one."""
+    device = torch.device("cuda", args.rank) if CUDA else GPU
+    more = {}
+    if CUDA:
+        torch.cuda.set_device(device)
+        more["device_id"] = device
+    backend = "nccl" if CUDA else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{args.meet}", rank=args.rank, world_size=2, **more)
     graph = community_graph(*PARITY, communities=8)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         rng = np.random.default_rng(0)
         write_partitions(root / "1", graph, np.zeros(graph.num_nodes, np.int32), 1, "random")
         write_partitions(root / "2", graph, rng.integers(2, size=graph.num_nodes), 2, "random")
-        one = parity_run(Worker(device=GPU), root)
-        mp.spawn(_parity_entry, (str(root),), nprocs=2)
-        for dtype, results in one.items():
-            for overlap in (False, True):
-                other = torch.load(root / f"{dtype}-{overlap}.pt", weights_only=True)
-                text = ", ".join(f"{n} {relative(other[n], value):.1e}" for n, value in results.items())
-                print(f"NCCL, 2 GPUs against 1, {dtype}, overlap {overlap}: {text}", flush=True)
-
-
-def _parity_entry(rank: int, root: str) -> None:
-    torch.cuda.set_device(rank)
-    store = f"file://{root}/rendezvous"
-    dist.init_process_group("nccl", init_method=store, rank=rank, world_size=2, device_id=torch.device("cuda", rank))
-    worker = Worker(rank, 2, torch.device("cuda", rank))
-    for overlap in (False, True):
-        for dtype, results in parity_run(worker, Path(root), overlap).items():
-            if worker.is_main:
-                torch.save(results, f"{root}/{dtype}-{overlap}.pt")
+        two = {overlap: parity_run(graph, Worker(args.rank, 2, device), root, overlap) for overlap in (False, True)}
+        dist.barrier()
+        if not args.rank:
+            for dtype, results in parity_run(graph, Worker(device=device), root).items():
+                for overlap, found in two.items():
+                    text = ", ".join(f"{n} {relative(found[dtype][n], value):.1e}" for n, value in results.items())
+                    print(f"{backend}, 2 processes against 1, {dtype}, overlap {overlap}: {text}", flush=True)
     dist.destroy_process_group()
 
 
-def parity_run(worker: Worker, root: Path, overlap: bool = False) -> dict[str, dict[str, torch.Tensor]]:
+def parity_run(
+    graph: Interactions, worker: Worker, root: Path, overlap: bool = False
+) -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
-        graph = community_graph(*PARITY, communities=8)
         task = make_task(graph, root / str(worker.world_size), worker, config_of(65536), overlap=overlap)
         task.model.to(dtype)
         engine = ShardedEngine(task.model, task.config.optim, worker)
@@ -223,11 +246,11 @@ def quality(args: argparse.Namespace) -> None:
             local = task.model.localize(batch, step)
             offsets = (0, graph.num_users, graph.num_users)
             rows = [n.ravel() + o for n, o in zip((batch.users, batch.positives, batch.negatives), offsets)]
-            torch.cuda.synchronize()
+            synchronize()
             began = time.perf_counter()
             engine.backward(engine.forward(local)["loss"])
             engine.step(1e-3)
-            torch.cuda.synchronize()
+            synchronize()
             middle = time.perf_counter()
             labels = torch.cat([torch.stack(rows[:2]), torch.stack([rows[0], rows[2]])], 1)
             ranks = reference(edges, labels)
@@ -237,7 +260,7 @@ def quality(args: argparse.Namespace) -> None:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            torch.cuda.synchronize()
+            synchronize()
             spent["ours"] += middle - began
             spent["PyG"] += time.perf_counter() - middle
             epoch, rest = divmod(step + 1, task.order.steps_per_epoch)

@@ -86,6 +86,11 @@ def build_partition(graph: Interactions, part: int, new_id: np.ndarray, offsets:
         offsets: first new id of each partition.
     """
     num_users, num_items = graph.num_users, graph.num_items
+    if len(offsets) == 2:  # everything is owned, in its own order
+        indices = np.concatenate([graph.user_items.astype(np.int32) + np.int32(num_users), graph.item_users])
+        indptr = np.concatenate([graph.user_indptr, graph.item_indptr[1:] + graph.num_pairs])
+        users, items, halo = np.arange(num_users), np.arange(num_items), np.zeros(0, np.int64)
+        return Partition(part, num_users, num_items, offsets, users, items, halo, indptr, indices)
     first, last = int(offsets[part]), int(offsets[part + 1])
     users = np.flatnonzero((new_id[:num_users] >= first) & (new_id[:num_users] < last))
     items = np.flatnonzero((new_id[num_users:] >= first) & (new_id[num_users:] < last))

@@ -48,7 +48,10 @@ def check_batches(config: Config) -> None:
             fix="call `genrec run` without torchrun, with runtime.backend=local and runtime.num_workers=N",
         )
     workers = config.runtime.num_workers
+    by_owner = {"lightgcn", "fusion"} if config.runtime.shard_tables else {"lightgcn"}
     for section in trained_sections(config):
+        if section in by_owner:  # a worker takes what its users have in the batch
+            continue
         size = getattr(config, section).optim.batch_size
         if size % workers:
             raise ConfigError(

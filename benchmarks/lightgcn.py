@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from genrec_dist.artifacts.files import read_json, write_json
 from genrec_dist.catalog.dataset import Catalog
 from genrec_dist.collaborative.lightgcn_stage import LightgcnTask
-from genrec_dist.config import LightgcnConfig, OptimConfig
+from genrec_dist.config import LightgcnConfig, LightgcnOptim
 from genrec_dist.graph.interactions import FILES, Interactions, training_interactions
 from genrec_dist.graph.partitioners import assign_nodes, partition_report
 from genrec_dist.graph.stage import Partitions, write_partitions
@@ -136,7 +136,7 @@ def environment(name: str, args: argparse.Namespace) -> dict[str, str]:
 
 
 def settings(args: argparse.Namespace) -> LightgcnConfig:
-    optim = OptimConfig(optimizer="adam", warmup_steps=0, clip_norm=0, batch_size=args.batch, learning_rate=RATE)
+    optim = LightgcnOptim(batch_size=args.batch, learning_rate=RATE)
     return LightgcnConfig(optim=optim)
 
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from genrec_dist.catalog.dataset import Catalog
 from genrec_dist.collaborative.lightgcn_stage import LightgcnTask
-from genrec_dist.config import LightgcnConfig, OptimConfig
+from genrec_dist.config import LightgcnConfig, LightgcnOptim
 from genrec_dist.evaluation.collaborative import owned_user_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.graph.interactions import Interactions, training_interactions
@@ -63,7 +63,7 @@ def synchronize() -> None:
 
 
 def config_of(batch: int, **more) -> LightgcnConfig:
-    optim = OptimConfig(optimizer="adam", warmup_steps=0, clip_norm=0, batch_size=batch, learning_rate=1e-3)
+    optim = LightgcnOptim(batch_size=batch, learning_rate=1e-3)
     return LightgcnConfig(optim=optim, **more)
 
 

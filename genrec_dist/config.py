@@ -169,10 +169,25 @@ class GraphConfig(Section):
     """User-item graph and how it is shared out; the partition decides where work is done, not what comes out."""
 
     partitioner: Literal["metis", "pymetis", "random"] = Field(
-        "metis", description="metis: DGL's; pymetis: the same with a seed, so that it can be repeated"
+        "pymetis", description="pymetis: METIS with a seed; metis: DGL's, balanced by node type, never the same twice"
     )
     seed: int = Field(0, ge=0, description="of pymetis and random")
     dgl_format: bool = Field(True, description="store the partitions in DGL's format as well, where DGL works")
+
+
+class LightgcnOptim(OptimConfig):
+    """As OptimConfig, with what fits tables: Adam in float32, no warm-up, no clipping, many epochs."""
+
+    optimizer: Literal["adam"] = "adam"
+    weight_decay: float = Field(0.0, ge=0, le=0, description="always 0: lightgcn.l2 regularises")
+    warmup_steps: int = Field(0, ge=0)
+    clip_norm: float = Field(0.0, ge=0, description="0 disables clipping")
+    batch_size: int = Field(2048, ge=1, description="pairs of a batch, over all workers")
+    epochs: int = Field(100, ge=1)
+    evaluate_every: int = Field(5, ge=1, description="epochs between validations")
+    patience: int = Field(5, ge=1, description="validations without a better NDCG@10 before stopping")
+    precision: Literal["fp32"] = "fp32"
+    length_buckets: int = Field(0, ge=0, le=0, description="always 0: pairs have no length")
 
 
 class LightgcnConfig(Section):
@@ -184,7 +199,7 @@ class LightgcnConfig(Section):
     loss: Literal["bpr", "sampled_softmax"] = "bpr"
     num_negatives: int = Field(1, ge=1, description="a pair (bpr), or shared by a batch (sampled_softmax)")
     negatives: Literal["uniform", "popularity"] = "uniform"
-    popularity_exponent: float = Field(0.75, ge=0, description="popularity: drawn by degree to this power")
+    popularity_exponent: float = Field(0.75, ge=0, le=4, description="popularity: drawn by degree to this power")
     temperature: float = Field(0.2, gt=0, description="of the sampled softmax over cosines")
     similarity: Literal["dot", "cosine"] = Field("dot", description="cosine: sampled_softmax only")
     l2: float = Field(1e-4, ge=0, description="on the layer-0 rows of a batch, half the sum of squares over its pairs")
@@ -193,20 +208,16 @@ class LightgcnConfig(Section):
     )
     fanouts: list[int] = Field([], description="most neighbours a node, from the batch outward (sampled)")
     validation_users: int = Field(0, ge=0, description="users of the validation during training; 0: all")
-    optim: OptimConfig = OptimConfig(
-        optimizer="adam", warmup_steps=0, clip_norm=0.0, batch_size=2048, epochs=100, evaluate_every=5, patience=5
-    )
+    optim: LightgcnOptim = LightgcnOptim()
 
     @model_validator(mode="after")
     def _check(self) -> LightgcnConfig:
         if self.mode == "sampled" and (len(self.fanouts) != self.num_layers or min(self.fanouts, default=1) < 1):
             raise ValueError(f"lightgcn.fanouts needs {self.num_layers} numbers above 0, one a layer")
+        if self.mode == "full" and self.fanouts:
+            raise ValueError("lightgcn.fanouts is for mode 'sampled'")
         if self.similarity == "cosine" and self.loss == "bpr":
             raise ValueError("lightgcn.similarity 'cosine' is for loss 'sampled_softmax'")
-        if self.optim.weight_decay or self.optim.optimizer != "adam":
-            raise ValueError("lightgcn.optim: plain adam without weight decay; lightgcn.l2 regularises")
-        if self.optim.length_buckets or self.optim.precision == "bf16":
-            raise ValueError("lightgcn.optim: pairs have no length, and tables are trained in float32")
         return self
 
 
@@ -302,8 +313,6 @@ class EvaluationConfig(Section):
 Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine"]
 WITHOUT_EVALUATION = {"embed"}
 """Methods that recommend nothing."""
-EVALUATED_BY = {"lightgcn": "lightgcn"}
-"""Stage that holds a method's evaluation, where that is the training stage itself."""
 
 
 class ReportConfig(Section):
@@ -346,7 +355,9 @@ class RuntimeConfig(Section):
     overlap_halo: bool = Field(False, description="sum over owned neighbours while halo rows are on their way")
     partition_minutes: float = Field(60.0, gt=0, description="time limit of the graph partitioner")
     shard_tables: bool = Field(
-        False, description="Stage I with user sequences and item tables sharded over graph partitions"
+        False,
+        description="Stage I with user sequences and item tables sharded over graph partitions; with fusion.loss "
+        "full_softmax every worker still gets the whole table with each batch",
     )
     embed_executor: Literal["actors", "ray_data_llm"] = Field(
         "actors", description="actors: an engine in each Ray Data actor; ray_data_llm: Ray's own vLLM processor"

@@ -7,7 +7,8 @@ from genrec_dist.baselines.sasrec import sasrec_stage
 from genrec_dist.catalog.stage import catalog_stage
 from genrec_dist.collaborative.lightgcn_stage import lightgcn_stage
 from genrec_dist.collaborative.stage import fusion_stage
-from genrec_dist.config import EVALUATED_BY, WITHOUT_EVALUATION, Config
+from genrec_dist.config import WITHOUT_EVALUATION, Config
+from genrec_dist.evaluation.collaborative import rank_count_stage
 from genrec_dist.evaluation.stage import evaluation_stage
 from genrec_dist.generator.stage import generator_stage
 from genrec_dist.graph.stage import graph_stage, partition_stage
@@ -54,7 +55,8 @@ def embed(config: Config, catalog: Stage) -> list[Stage]:
 def lightgcn(config: Config, catalog: Stage) -> list[Stage]:
     """LightGCN embeddings of users and items, with the model's own Recall and NDCG."""
     graph = graph_stage(config, catalog)
-    return [graph, lightgcn_stage(config, graph, partition_stage(config, graph))]
+    trained = lightgcn_stage(config, graph, partition_stage(config, graph))
+    return [graph, trained, rank_count_stage(config, trained)]
 
 
 METHODS = {"prorec": prorec, "sasrec": sasrec, "popularity": popularity, "embed": embed, "lightgcn": lightgcn}
@@ -75,7 +77,7 @@ def collect_metrics(config: Config, run: RunFolder) -> dict:
         return {"method": config.method, "embeddings": read_json(run.artifact("semantic") / "report.json")}
     return {
         "method": config.method,
-        "main": read_json(run.artifact(EVALUATED_BY.get(config.method, "evaluation")) / "metrics.json"),
+        "main": read_json(run.artifact("evaluation") / "metrics.json"),
         "references": {
             name: read_json(run.artifact(f"evaluation {name}") / "metrics.json") for name in config.references
         },

@@ -29,7 +29,7 @@ class StageContext:
         out: work folder; what is in it after the build becomes the artifact. `out/scratch` is kept over a
             kill and dropped at the end.
         inputs: folder of each finished input artifact.
-        runtime: where and how fast; never decides the content.
+        runtime: where and how fast; never decides the content that later stages read.
         key: content hash of the stage.
         title: what the user reads.
         events_file: the run's events.jsonl; None drops events. A path and not a callable, so that a context

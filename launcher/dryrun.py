@@ -71,7 +71,7 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
         store: artifact store, need not exist.
         probe: time layers of the text encoder on this machine; None: where embeddings are all that the run makes.
     """
-    ordered = closure(stages)
+    ordered = closure(stages, lambda stage: is_finished(stage, store))
     finished = {s.name: store / s.name / s.key for s in ordered if is_finished(s, store)}
     rows = [(s.title, _action(s, store), s.key) for s in ordered]
     notes: list[str] = []
@@ -128,7 +128,9 @@ def _loop(config: Config, name: str, size: ModelSize, samples: int) -> Loop:
     runtime, optim = config.runtime, getattr(config, name).optim
     batches = batch_arithmetic(samples, optim, runtime.num_workers)
     zero = runtime.engine == "deepspeed" or (runtime.engine == "auto" and runtime.backend == "ray")
-    memory = training_memory(size, batches.per_worker, runtime, zero=zero, by_owner=name == "lightgcn")
+    sharded = name == "lightgcn" or (name == "fusion" and runtime.shard_tables)
+    by_owner = ("node embeddings", "item embeddings", "semantic embeddings") if sharded else ()
+    memory = training_memory(size, batches.per_worker, runtime, zero=zero and not sharded, by_owner=by_owner)
     return Loop(name, size, batches, memory)
 
 

@@ -105,6 +105,7 @@ def perform(
     if resume == "require":
         require_progress(stages, store)
     run = RunFolder(runs, config.name)
+    needed = closure(stages, lambda stage: is_finished(stage, store))
     log = run.path / "logs" / "driver.log"
     with _exclusive(run):
         run.create(config, command)
@@ -114,11 +115,11 @@ def perform(
             created=psutil.Process().create_time(),
             host=platform.node(),
             store=os.path.relpath(store.resolve(), run.path),
-            stages=[{"stage": s.title, "key": s.key} for s in closure(stages)],
+            stages=[{"stage": s.title, "key": s.key} for s in needed],
         )
         started = time.time()
         with SignalWatch() as signals, captured(log, to_stderr=to_stderr) as stream:
-            screen = StageScreen(stream, len(closure(stages)), config.runtime.progress_seconds)
+            screen = StageScreen(stream, len(needed), config.runtime.progress_seconds)
             run.say = screen.note
             try:
                 artifacts = ArtifactStore(store)

@@ -21,7 +21,7 @@ from genrec_dist.config import LightgcnConfig
 from genrec_dist.graph.exchange import RowPlan, exchange, fetch_rows, request_rows, return_values
 from genrec_dist.graph.propagation import Propagation
 from genrec_dist.graph.rows import normal_rows, owned_nodes
-from genrec_dist.graph.sampling import Block, NeighbourSampler, sampled_layers
+from genrec_dist.graph.sampling import Block, NeighbourSampler, at_seeds, sampled_layers
 from genrec_dist.graph.spmm import SpmmKind
 from genrec_dist.graph.stage import Partitions
 from genrec_dist.training.counter import stream_key
@@ -139,9 +139,9 @@ class LightGCN(nn.Module):
         """Loss of a batch: this worker's share, times the number of workers."""
         if batch.blocks is None:
             rows = fetch_rows(self.propagation(self.table), batch.plan, self.worker)
-            own = self.table.index_select(0, batch.plan.send_rows)
             assert batch.sent_reads is not None
-            squares = (own.square().sum(1) * batch.sent_reads).sum()
+            reads = batch.sent_reads.new_zeros(len(self.table)).index_add_(0, batch.plan.send_rows, batch.sent_reads)
+            squares = torch.linalg.vecdot(self.table, self.table) @ reads.to(self.table.dtype)
         else:
             rows, layer0 = self._sampled(batch, batch.blocks)
             squares = (layer0.square().sum(1) * batch.reads).sum()
@@ -157,11 +157,10 @@ class LightGCN(nn.Module):
         received = exchange(sent, batch.plan, self.worker)
         raw, inverse_root = received[:, :-1], received[:, -1:].detach()
         y = raw * inverse_root
-        for block in reversed(blocks):
-            raw = raw.index_select(0, block.itself)
+        raw = at_seeds(blocks, raw)
         if batch.root_degrees is None:  # no layer
             return raw, raw
-        layers = sampled_layers(blocks, y)[1:]
+        layers = sampled_layers(blocks, y)
         total = raw + sum(layers) * batch.root_degrees.to(raw.dtype)
         return total / (self.config.num_layers + 1), raw
 
@@ -169,7 +168,8 @@ class LightGCN(nn.Module):
         config = self.config
         if config.similarity == "cosine":
             rows = F.normalize(rows, dim=-1)
-        users, negatives = rows.index_select(0, batch.users), rows[batch.negatives]
+        users = rows.index_select(0, batch.users)
+        negatives = rows.index_select(0, batch.negatives.ravel()).view(*batch.negatives.shape, rows.shape[1])
         positive = (users * rows.index_select(0, batch.positives)).sum(-1)
         if config.loss == "bpr":
             return bpr(positive, (users[:, None] * negatives).sum(-1))

@@ -1,7 +1,8 @@
 """LightGCN stage: graph partitions -> collaborative embeddings of items and users.
 
 Writes the propagated item table (Zarr, the artifact itself), `users/` with the propagated user table, curves.jsonl,
-metrics.json (Recall and NDCG of the model itself) and summary.json. Every worker owns one partition.
+rank_counts.npy (users at each rank of their held-out item, evaluation/collaborative.py) and summary.json. Every worker
+owns one partition.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from genrec_dist.artifacts.files import write_json
 from genrec_dist.collaborative.lightgcn import LightGCN, LocalBatch
 from genrec_dist.collaborative.pairs import PairBatches
 from genrec_dist.config import Config, LightgcnConfig
-from genrec_dist.evaluation.bootstrap import bootstrap_intervals
-from genrec_dist.evaluation.collaborative import owned_user_ranks, shared_counts
+from genrec_dist.evaluation.collaborative import COUNTS, LARGEST_RANK, owned_user_ranks, shared_counts
 from genrec_dist.evaluation.metrics import count_metrics
 from genrec_dist.graph.interactions import Interactions
 from genrec_dist.graph.rows import write_sharded
@@ -23,19 +23,14 @@ from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.training.counter import stream_key
 from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
-from genrec_dist.training.sharded import ShardedEngine
+from genrec_dist.training.sharded import ShardedEngine, refuse_deepspeed
 from genrec_dist.training.worker import Worker
 
 
 def lightgcn_stage(config: Config, graph: Stage, partitions: Stage) -> Stage:
     """Stage that trains LightGCN; the partitions say where, and enter no key."""
-    settings = {
-        "lightgcn": config.lightgcn.model_dump(mode="json"),
-        "cutoffs": config.evaluation.cutoffs,
-        "bootstrap_samples": config.evaluation.bootstrap_samples,
-        "order": config.catalog.order,
-        "seed": config.seed,
-    }
+    refuse_deepspeed(config.runtime)
+    settings = {"lightgcn": config.lightgcn.model_dump(mode="json"), "seed": config.seed}
     return Stage(
         "lightgcn",
         1,
@@ -80,35 +75,24 @@ class LightgcnTask:
         return self.model.localize(self.pairs.local(indices), stream_key(self.pairs.key(indices), 2))
 
     def validate(self, worker: Worker) -> dict[str, float]:
-        counts = self.rank_counts(worker, 0, 20, self.config.validation_users)
-        return count_metrics(counts["seen left out"], [10, 20])
+        counts = self.rank_counts(self.model.embeddings(), worker, 0, 20, self.config.validation_users)
+        return count_metrics(counts[1], [10, 20])
 
-    def rank_counts(self, worker: Worker, column: int, largest: int, limit: int = 0) -> dict[str, np.ndarray]:
+    def rank_counts(self, rows: torch.Tensor, worker: Worker, column: int, largest: int, limit: int = 0) -> np.ndarray:
         """Users of all workers at each rank, among all items and with the user's training items left out.
 
         Args:
+            rows: propagated embeddings of the owned nodes.
             column: of the targets: 0 validation, 1 test.
             largest: last rank told apart.
-            limit: users of the whole graph below it; 0: all.
+            limit: first users of the whole graph that have a target; 0: all.
+
+        Shapes:
+            returns: (2, largest + 1) int64.
         """
-        rows = self.model.embeddings()
         cosine = self.config.similarity == "cosine"
         ranks = owned_user_ranks(rows, self.partitions, worker, self.targets[:, column], limit, cosine)
-        return {name: shared_counts(own, largest, worker) for name, own in zip(("all items", "seen left out"), ranks)}
-
-    def evaluate(self, worker: Worker, cutoffs: list[int], samples: int) -> dict:
-        """Metrics over all users, in the form of the evaluation stage."""
-        valid, test = (self.rank_counts(worker, column, max(cutoffs)) for column in (0, 1))
-        counts = test["all items"]
-        return {
-            "method": "lightgcn",
-            "users": int(counts.sum()),
-            "test": count_metrics(counts, cutoffs),
-            "valid": count_metrics(valid["all items"], cutoffs),
-            "masked_seen": count_metrics(test["seen left out"], cutoffs),
-            "masked_seen_valid": count_metrics(valid["seen left out"], cutoffs),
-            "intervals": bootstrap_intervals(np.repeat(np.arange(len(counts)), counts), cutoffs, samples, self.seed),
-        }
+        return np.stack([shared_counts(own, largest, worker) for own in ranks])
 
 
 def train_lightgcn(worker: Worker, context: StageContext, settings: dict) -> None:
@@ -125,12 +109,12 @@ def train_lightgcn(worker: Worker, context: StageContext, settings: dict) -> Non
     rows = task.model.embeddings()
     write_sharded(context.out, rows, partitions.item_ids(), partitions.offsets, worker)
     write_sharded(context.out / "users", rows, partitions.user_ids(), partitions.offsets, worker)
-    metrics = task.evaluate(worker, settings["cutoffs"], settings["bootstrap_samples"])
+    counts = np.stack([task.rank_counts(rows, worker, column, LARGEST_RANK) for column in (0, 1)])
     if worker.is_main:
         partition = task.model.partition
         exchange = {
             "halo_rows_of_worker_0": len(partition.halo),
             "bytes_received_by_worker_0_a_propagation": task.model.propagation.bytes_per_application * config.dim,
         }
-        write_json(context.out / "metrics.json", metrics | {"order": settings["order"]})
+        np.save(context.out / COUNTS, counts, allow_pickle=False)
         write_json(context.out / "summary.json", summary | exchange)

@@ -14,7 +14,7 @@ import torch
 
 from genrec_dist.config import LightgcnConfig
 from genrec_dist.graph.interactions import Interactions
-from genrec_dist.graph.layout import Partition
+from genrec_dist.graph.layout import Partition, places_of_rows
 from genrec_dist.training.counter import stream_key, uniforms
 from genrec_dist.training.order import BatchOrder
 
@@ -46,7 +46,8 @@ class PairBatches:
     """Batches of a worker.
 
     Args:
-        graph: the whole graph, mapped into memory; only its row pointers and this worker's rows are read.
+        graph: the whole graph, mapped into memory. Of all users the row pointers and owners are held (12 bytes each),
+            of all items the distribution of negatives by popularity (8 bytes each), of the pairs this worker's.
         partition: what this worker owns.
         config: lightgcn section.
         seed: of order and negatives.
@@ -64,14 +65,14 @@ class PairBatches:
         own_row[users] = np.arange(len(users))
         starts, counts = graph.user_indptr[users], graph.user_indptr[users + 1] - graph.user_indptr[users]
         start = np.concatenate([[0], np.cumsum(counts)])
-        place = np.arange(start[-1]) + np.repeat(starts - start[:-1], counts)
-        items = np.asarray(graph.user_items[place])
+        items = np.asarray(graph.user_items[places_of_rows(starts, counts)])
         to_device = lambda array: torch.from_numpy(np.array(array)).to(device)  # noqa: E731
         self._indptr, self._own_row, self._start = map(to_device, (graph.user_indptr, own_row, start))
         self._items = to_device(items)
         self._keys = to_device(np.repeat(np.arange(len(users)), counts) * self.num_items + items)
-        distribution = item_distribution(np.diff(graph.item_indptr), config)
-        self.distribution = None if distribution is None else to_device(distribution)
+        self.distribution: torch.Tensor | None = None
+        if config.negatives == "popularity":
+            self.distribution = to_device(item_distribution(np.diff(graph.item_indptr), config.popularity_exponent))
 
     def key(self, samples: torch.Tensor) -> int:
         """What the random numbers of a global batch are drawn by."""
@@ -135,14 +136,11 @@ class PairBatches:
         return self.distribution[items] - below
 
 
-def item_distribution(degrees: np.ndarray, config: LightgcnConfig) -> np.ndarray | None:
-    """Cumulative chance of each item to be drawn as a negative; None for uniform draws.
+def item_distribution(degrees: np.ndarray, exponent: float) -> np.ndarray:
+    """Cumulative chance of each item to be drawn as a negative, by its degree to a power.
 
     Shapes:
         degrees: (num_items,) integers. returns: (num_items,) float64, the last 1.
     """
-    if config.negatives == "uniform":
-        return None
-    weights = degrees.astype(np.float64) ** config.popularity_exponent
-    total = np.cumsum(weights)
+    total = np.cumsum((degrees / max(int(degrees.max(initial=1)), 1)) ** exponent)
     return total / total[-1]

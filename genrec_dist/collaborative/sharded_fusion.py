@@ -29,6 +29,8 @@ from genrec_dist.training.worker import Worker
 
 ITEM_BLOCK = 2048
 USER_BLOCK = 256
+GROUP_USERS = 1 << 16
+"""Users whose histories' rows are on a worker at once; the catalog is sent round once for each group."""
 OWN_BLOCK = 1 << 16
 
 
@@ -76,7 +78,7 @@ class ShardedFusionModel(FusionModel):
         self, config: FusionConfig, semantic: torch.Tensor, partitions: Partitions, worker: Worker, seed: int
     ) -> None:
         partition = partitions.of_worker(worker.rank, worker.world_size)
-        self.item_indices = np.asarray(partition.items)
+        self.item_indices = np.array(partition.items)
         super().__init__(config, semantic, seed, self.item_indices)
         self.num_items = partitions.num_items
         self.partitions, self.worker = partitions, worker
@@ -171,29 +173,36 @@ def sharded_ranks(model: ShardedFusionModel, samples: HistorySamples, max_histor
     Shapes:
         returns: (own samples,) int64, 1 = best.
     """
-    device = worker.device
-    batches = [
-        samples.gather(torch.arange(s, min(s + USER_BLOCK, len(samples)), device=device), max_history)
-        for s in range(0, len(samples), USER_BLOCK)
-    ]
+    device, ranks = worker.device, []
+    groups = torch.tensor(-(-len(samples) // GROUP_USERS), device=device)
+    if worker.world_size > 1:
+        dist.all_reduce(groups, dist.ReduceOp.MAX)
+    for group in range(int(groups)):
+        ends = (min((group + k) * GROUP_USERS, len(samples)) for k in (0, 1))
+        ranks.append(_group_ranks(model, samples, torch.arange(*ends, device=device), max_history, worker))
+    return torch.cat(ranks).cpu().numpy() if ranks else np.zeros(0, np.int64)
+
+
+def _group_ranks(
+    model: ShardedFusionModel, samples: HistorySamples, chosen: torch.Tensor, max_history: int, worker: Worker
+) -> torch.Tensor:
+    """`sharded_ranks` of some samples; the rows of their items are here at once."""
+    batches = [samples.gather(part, max_history) for part in chosen.split(USER_BLOCK) if len(part)]
     needed = [torch.cat([b["history"].flatten(), b["target"]]) for b in batches]
-    distinct, place = torch.unique(
-        torch.cat(needed or [torch.zeros(0, dtype=torch.int64, device=device)]), return_inverse=True
-    )
+    distinct, place = torch.unique(torch.cat([chosen.new_zeros(0), *needed]), return_inverse=True)
     _, _, table = model.items(distinct)
-    places = place.split([len(part) for part in needed])
     states, better = [], []
-    for batch, found in zip(batches, places):
+    for batch, found in zip(batches, place.split([len(part) for part in needed])):
         history, target = found[: batch["history"].numel()].view_as(batch["history"]), found[-len(batch["target"]) :]
         own = _scores(model, table, history, batch["mask"], table[target]).diagonal()[:, None]
         states.append((history, batch["mask"], batch["target"][:, None], own))
-        better.append(torch.zeros(len(own), dtype=torch.int64, device=device))
+        better.append(torch.zeros(len(own), dtype=torch.int64, device=worker.device))
     for items, block in _table_blocks(model, worker):
         for (history, mask, target, own), count in zip(states, better):
             score = _scores(model, table, history, mask, block)
             beats = (score > own) | ((score == own) & (items < target))
             count += (beats & (items != target)).sum(1)
-    return (torch.cat(better) + 1).cpu().numpy() if better else np.zeros(0, np.int64)
+    return torch.cat([chosen.new_zeros(0), *better]) + 1
 
 
 def _scores(model: FusionModel, table, history, mask, candidates) -> torch.Tensor:

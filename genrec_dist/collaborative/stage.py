@@ -29,7 +29,7 @@ from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
 from genrec_dist.training.owned import OwnedSequences
 from genrec_dist.training.samples import holdout_samples
-from genrec_dist.training.sharded import ShardedEngine
+from genrec_dist.training.sharded import ShardedEngine, refuse_deepspeed
 from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, uniform_negatives
 from genrec_dist.training.worker import Worker
 
@@ -49,6 +49,8 @@ def fusion_stage(config: Config, catalog: Stage, semantic: Stage) -> Stage:
     if not config.runtime.shard_tables:
         return Stage("fusion", 2, settings, inputs, lambda context: build_fusion(context, settings))
     check_shardable(config.fusion)
+    if config.runtime.engine == "deepspeed":
+        refuse_deepspeed(config.runtime)
     partitions = partition_stage(config, graph_stage(config, catalog))
     return Stage(
         "fusion",
@@ -125,7 +127,7 @@ def build_sharded_fusion(context: StageContext, settings: dict) -> None:
     rows = np.arange(count)
     if count > COMPARED_ITEMS:
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(count, COMPARED_ITEMS, replace=False))
-    semantic, collaborative, integrated = (store.rows(rows) for store in stores)
+    semantic, collaborative, integrated = (store.rows(rows, failed="zero") for store in stores)
     _write_similarity(context, config, semantic, collaborative, integrated, concat_pca(semantic, collaborative))
 
 
@@ -162,7 +164,9 @@ def train_sharded_fusion(worker: Worker, context: StageContext, settings: dict) 
     partitions = Partitions(context.inputs["partitions"])
     partition = partitions.of_worker(worker.rank, worker.world_size)
     owned = OwnedSequences(Catalog(context.inputs["catalog"], settings["order"]), np.asarray(partition.users))
-    semantic = torch.from_numpy(EmbeddingStore(context.inputs["semantic"]).rows(np.asarray(partition.items)))
+    semantic = torch.from_numpy(
+        EmbeddingStore(context.inputs["semantic"]).rows(np.asarray(partition.items), failed="zero")
+    )
     task = ShardedFusionTask(
         config, owned, semantic, partitions, worker, settings["seed"], settings["validation_users"]
     )

@@ -36,8 +36,17 @@ def bootstrap_intervals(ranks: np.ndarray, cutoffs: Sequence[int], samples: int,
     Source:
         B. Efron, R. Tibshirani, An Introduction to the Bootstrap (1993), section 13.3 (percentile interval).
     """
+    return count_intervals(rank_counts(ranks, max(cutoffs)), cutoffs, samples, seed)
+
+
+def count_intervals(counts: np.ndarray, cutoffs: Sequence[int], samples: int, seed: int) -> dict[str, list[float]]:
+    """`bootstrap_intervals` from the number of users at each rank (see `rank_counts`).
+
+    Shapes:
+        counts: (at least max(cutoffs) + 1,) int64; ranks beyond the largest cutoff count as misses.
+    """
     largest = max(cutoffs)
-    counts = rank_counts(ranks, largest)
+    counts = np.concatenate([[counts[0] + counts[largest + 1 :].sum()], counts[1 : largest + 1]])
     num_users = int(counts.sum())
     if num_users == 0 or samples == 0:
         return {}

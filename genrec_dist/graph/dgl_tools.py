@@ -144,8 +144,11 @@ def assignment_from_child(
 
     with tempfile.TemporaryDirectory(prefix="genrec-partition-") as name:
         folder = Path(name)
-        for array in FILES:
-            np.save(folder / f"{array}.npy", getattr(graph, array), allow_pickle=False)
+        try:
+            for array in FILES:
+                np.save(folder / f"{array}.npy", getattr(graph, array), allow_pickle=False)
+        except OSError as error:  # TMPDIR names another place
+            raise failed(f"graph could not be written to {folder}: {error}") from error
         command = child_command(module, folder, num_parts, time_limit, seed)
         try:
             # Output goes to a file: nothing is left to wait for when the child is killed.

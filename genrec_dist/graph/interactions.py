@@ -94,12 +94,16 @@ FILES = ("user_indptr", "user_items", "item_indptr", "item_users")
 
 def training_interactions(sequences: Sequences) -> Interactions:
     """Graph of the training part of sequences that are in memory."""
+    return Interactions.from_pairs(*_training_pairs(sequences), sequences.num_users, sequences.num_items)
+
+
+def _training_pairs(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
+    """User and item of every training interaction."""
     train_end, _, _ = sequences.split_ends()
     counts = train_end - sequences.indptr[:-1]
     users = np.repeat(np.arange(sequences.num_users), counts)
     within = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
-    items = sequences.items[sequences.indptr[users] + within]
-    return Interactions.from_pairs(users, items, sequences.num_users, sequences.num_items)
+    return users, sequences.items[sequences.indptr[users] + within]
 
 
 def write_interactions(catalog: Catalog, out: Path, block_edges: int = BLOCK_EDGES) -> dict:
@@ -123,12 +127,14 @@ def write_interactions(catalog: Catalog, out: Path, block_edges: int = BLOCK_EDG
     raw = out / "user_items.raw"
     with open(raw, "wb") as file:
         for sequences in catalog.iterate_sequences():
-            graph = training_interactions(sequences)
-            train_end, _, _ = sequences.split_ends()
-            repeated += int((train_end - sequences.indptr[:-1]).sum()) - graph.num_pairs
-            user_degree.append(np.diff(graph.user_indptr))
-            item_degree += np.diff(graph.item_indptr)
-            file.write(np.ascontiguousarray(graph.user_items).data)
+            users, items = _training_pairs(sequences)
+            distinct, place = np.unique(items, return_inverse=True)  # as far as they go: a group has few of the items
+            keys = np.unique(users * len(distinct) + place)
+            user, item = np.divmod(keys, max(len(distinct), 1))
+            repeated += len(users) - len(keys)
+            user_degree.append(np.bincount(user, minlength=sequences.num_users))
+            item_degree[distinct] += np.bincount(item, minlength=len(distinct))
+            file.write(distinct[item].astype(np.int32).data)
     user_indptr = _indptr(np.concatenate(user_degree) if user_degree else np.zeros(0, np.int64))
     num_pairs = int(user_indptr[-1])
     if num_pairs == 0:

@@ -2,12 +2,12 @@
 
 Nodes are renumbered so that a partition's nodes are consecutive: partition p owns the new ids offsets[p] ..
 offsets[p + 1], its users first (ascending), then its items (ascending). A row of an owned node lists all its
-neighbours, owned ones first by place, the others as halo nodes. Knows nothing of DGL, torch or processes.
+neighbours in the order of the graph, which samples of neighbours rely on: owned ones by their place, others as halo
+nodes. Knows nothing of DGL, torch or processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,11 +56,6 @@ class Partition:
         """Degree of each owned node in the whole graph, (n,) int64."""
         return np.diff(self.indptr)
 
-    @cached_property
-    def halo_owners(self) -> np.ndarray:
-        """Number of halo nodes that each partition owns, (num_parts,) int64."""
-        return np.diff(np.searchsorted(self.halo, self.offsets))
-
 
 def renumber(assignment: np.ndarray, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
     """New id of every node, and the first new id of every partition.
@@ -77,7 +72,7 @@ def renumber(assignment: np.ndarray, num_parts: int) -> tuple[np.ndarray, np.nda
 
 
 def build_partition(graph: Interactions, part: int, new_id: np.ndarray, offsets: np.ndarray) -> Partition:
-    """The arrays of one partition; memory is that of the partition, not of the graph.
+    """The arrays of one partition; the edges in memory are its own, of nodes there are the new ids and a mask of all.
 
     Args:
         graph: may be mapped into memory.
@@ -105,11 +100,19 @@ def build_partition(graph: Interactions, part: int, new_id: np.ndarray, offsets:
     return Partition(part, num_users, num_items, offsets, users, items, halo, indptr, local.astype(np.int32))
 
 
+def places_of_rows(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Places of the entries of some rows of a CSR matrix, row after row.
+
+    Shapes:
+        starts, counts: (n,) int64, first place and number of entries of each row. returns: (sum of counts,) int64.
+    """
+    return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+
+
 def _rows(indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Concatenated rows of a CSR matrix, and their lengths."""
     counts = np.asarray(indptr[rows + 1] - indptr[rows])
-    place = np.arange(counts.sum()) + np.repeat(indptr[rows] - (np.cumsum(counts) - counts), counts)
-    return np.asarray(indices[place]), counts
+    return np.asarray(indices[places_of_rows(indptr[rows], counts)]), counts
 
 
 ARRAYS = ("users", "items", "halo", "indptr", "indices")
@@ -127,10 +130,3 @@ def load_partition(folder: Path, part: int, num_users: int, num_items: int, offs
     """Map the arrays of one partition into memory."""
     arrays = (np.load(folder / f"part-{part}" / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS)
     return Partition(part, num_users, num_items, offsets, *arrays)
-
-
-def iterate_partitions(graph: Interactions, assignment: np.ndarray, num_parts: int) -> Iterator[Partition]:
-    """All partitions, one in memory at a time."""
-    new_id, offsets = renumber(assignment, num_parts)
-    for part in range(num_parts):
-        yield build_partition(graph, part, new_id, offsets)

@@ -14,6 +14,7 @@ import torch
 
 from genrec_dist.graph.exchange import RowPlan, exchange, exchange_counts, request_rows
 from genrec_dist.graph.layout import Partition
+from genrec_dist.graph.rows import owned_nodes
 from genrec_dist.training.counter import stream_key, uniforms
 from genrec_dist.training.worker import Worker
 
@@ -50,7 +51,7 @@ class NeighbourSampler:
         first = int(partition.offsets[partition.part])
         own = first + np.arange(partition.num_owned)
         self._new_id = np.concatenate([own, partition.halo])
-        self._node = np.concatenate([partition.users, partition.num_users + np.asarray(partition.items)])
+        self._node = owned_nodes(partition)
 
     def blocks(self, seeds: np.ndarray, key: int) -> tuple[list[Block], np.ndarray]:
         """Blocks from the seeds outward, and the new ids of the outermost nodes, ascending.
@@ -83,10 +84,11 @@ class NeighbourSampler:
         plan = request_rows(nodes, self.partition.offsets, self.worker)
         rows = plan.send_rows.cpu().numpy()
         counts, drawn = self._draw(rows, fanout, key)
-        facts = torch.from_numpy(np.stack([counts, self.partition.degrees[rows]], 1)).to(self.worker.device)
-        facts_back = exchange(facts, plan, self.worker).cpu().numpy()
+        degrees = self.partition.degrees[rows]
         if self.worker.world_size == 1:
-            return counts, facts_back[:, 1], drawn
+            return counts, degrees, drawn
+        facts = torch.from_numpy(np.stack([counts, degrees], 1)).to(self.worker.device)
+        facts_back = exchange(facts, plan, self.worker).cpu().numpy()
         ends = np.cumsum(plan.send_counts)
         sent = np.diff(np.concatenate([[0], np.cumsum(counts)])[np.concatenate([[0], ends])]).tolist()
         ragged = RowPlan(torch.empty(0), sent, exchange_counts(sent, self.worker))
@@ -107,23 +109,23 @@ class NeighbourSampler:
 
 
 def sampled_layers(blocks: list[Block], y: torch.Tensor) -> list[torch.Tensor]:
-    """y of the seeds after 0, 1, ..., K layers.
+    """y of the seeds after 1, ..., K layers.
 
     Args:
         blocks: from the seeds outward.
         y: D^-1/2 times the layer-0 rows of the outermost nodes.
 
     Shapes:
-        y: (outermost nodes, dim). returns: K + 1 of (seeds, dim).
+        y: (outermost nodes, dim). returns: K of (seeds, dim).
     """
-    results = [_at_seeds(blocks, y)]
+    results = []
     for inner in reversed(range(len(blocks))):
         y = mean_over(blocks[inner], y)
-        results.append(_at_seeds(blocks[:inner], y))
+        results.append(at_seeds(blocks[:inner], y))
     return results
 
 
-def _at_seeds(blocks: list[Block], z: torch.Tensor) -> torch.Tensor:
+def at_seeds(blocks: list[Block], z: torch.Tensor) -> torch.Tensor:
     """Rows of the seeds among the rows of the nodes below the last block."""
     for block in reversed(blocks):
         z = z.index_select(0, block.itself)

@@ -99,7 +99,6 @@ class DglSum:
             num_nodes_dict={"column": num_columns, "row": len(indptr) - 1},
         )
         self._kernel = dgl.ops.copy_u_sum
-        self._shape = (len(indptr) - 1, num_columns)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._kernel(self._graph, x)

@@ -55,7 +55,6 @@ class TritonSum:
         self.index = torch.from_numpy(np.array(indices, np.int32)).to(device)
         cut = pieces > 1
         first_piece = np.cumsum(pieces) - pieces
-        self.cut_rows = torch.from_numpy(np.flatnonzero(cut)).to(device)
         self.plain = None if not cut.any() else torch.from_numpy(first_piece).to(device)
         self.rest = torch.from_numpy(np.flatnonzero(within > 0)).to(device)
         self.rest_owner = torch.from_numpy(owner[within > 0]).to(device)

@@ -114,7 +114,6 @@ class Partitions:
         self.num_parts: int = meta["num_parts"]
         self.num_users: int = meta["num_users"]
         self.num_items: int = meta["num_items"]
-        self.sha256: str = meta["assignment_sha256"]
         self.offsets = np.array(meta["offsets"], np.int64)
         self.new_id = np.load(self.folder / "new_id.npy", mmap_mode="r", allow_pickle=False)
         if len(self.new_id) != self.num_users + self.num_items or self.offsets[-1] != len(self.new_id):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from genrec_dist.artifacts.files import read_json
 from genrec_dist.artifacts.store import MANIFEST
-from genrec_dist.config import EVALUATED_BY, Config
+from genrec_dist.config import Config
 from genrec_dist.errors import ConfigError
 from genrec_dist.runs import RunFolder
 from genrec_dist.studies import paper
@@ -80,8 +80,7 @@ class RunData:
     @property
     def main(self) -> dict | None:
         """Evaluation of the run's own method."""
-        title = EVALUATED_BY.get(self.config.method, EVALUATION)
-        return self._summary.get("main") or self.json(title, "metrics.json")
+        return self._summary.get("main") or self.json(EVALUATION, "metrics.json")
 
     @property
     def references(self) -> dict[str, dict]:

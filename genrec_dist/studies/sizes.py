@@ -326,7 +326,7 @@ def batch_arithmetic(samples: int, optim: OptimConfig, num_workers: int) -> Batc
 
 
 def training_memory(
-    size: ModelSize, per_worker: int, runtime: RuntimeConfig, *, zero: bool, by_owner: bool = False
+    size: ModelSize, per_worker: int, runtime: RuntimeConfig, *, zero: bool, by_owner: tuple[str, ...] = ()
 ) -> dict[str, float]:
     """Bytes a worker holds in training, by kind: float32 parameters, gradients and two Adam moments.
 
@@ -335,16 +335,17 @@ def training_memory(
         per_worker: samples of a worker's batch.
         runtime: number of workers and ZeRO stage.
         zero: the engine shards by ZeRO (DeepSpeed): stage 1 shards the moments, stage 2 the gradients too.
-        by_owner: all parameters are tables whose rows are shared out.
+        by_owner: groups of values that are tables whose rows are shared out over graph partitions (halo rows come on
+            top).
     """
     stage = runtime.zero_stage if zero else 0
-    workers, parameters = runtime.num_workers, size.num_parameters
-    if by_owner:
-        parameters, workers = -(-parameters // workers), 1
+    workers = runtime.num_workers
+    share = lambda groups: sum(-(-n // workers) if name in by_owner else n for name, n in groups.items())  # noqa: E731
+    parameters, constants = share(size.parameters), share(size.constants)
     return {
         "parameters": FLOAT * parameters,
         "gradients": FLOAT * parameters / (workers if stage >= 2 else 1),
         "optimiser": 2 * FLOAT * parameters / (workers if stage >= 1 else 1),
-        "constants": FLOAT * sum(size.constants.values()),
+        "constants": FLOAT * constants,
         "activations": FLOAT * size.activation_values * per_worker,
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from genrec_dist.graph.interactions import Interactions
+from genrec_dist.graph.layout import Partition, build_partition, renumber
 
 
 def community_graph(
@@ -36,3 +39,10 @@ def uneven_assignment(graph: Interactions, num_parts: int, seed: int = 0) -> np.
     if num_parts > 1:
         weights[-1] = 0
     return rng.choice(num_parts, size=graph.num_nodes, p=weights / weights.sum()).astype(np.int32)
+
+
+def iterate_partitions(graph: Interactions, assignment: np.ndarray, num_parts: int) -> Iterator[Partition]:
+    """All partitions of an assignment, one in memory at a time."""
+    new_id, offsets = renumber(assignment, num_parts)
+    for part in range(num_parts):
+        yield build_partition(graph, part, new_id, offsets)

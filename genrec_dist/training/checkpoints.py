@@ -66,7 +66,8 @@ class Checkpoints:
 
     def _start(self, step: int) -> Path:
         work = self.folder / f"writing-{step}"
-        shutil.rmtree(work, ignore_errors=True)
+        for left in self.folder.glob("writing-*"):  # by a killed writer
+            shutil.rmtree(left, ignore_errors=True)
         work.mkdir(parents=True)
         return work
 
@@ -83,7 +84,7 @@ class Checkpoints:
         """Loop state, and the files of all parts: state and best. Worker 0 checks them, for all."""
         found = -1
         if worker.is_main:
-            path = self._newest()
+            path = self._newest("state-0.safetensors")
             found = -1 if path is None else int(path.name[5:])
         found = int(worker.broadcast(torch.tensor(found, device=worker.device)).item())
         if found < 0:
@@ -94,7 +95,7 @@ class Checkpoints:
 
     def latest(self) -> tuple[dict[str, Any], State, State | None] | None:
         """Loop state, training state and best parameters of the newest valid checkpoint, or None."""
-        path = self._newest()
+        path = self._newest("state.safetensors")
         if path is None:
             return None
         best = path / "best.safetensors"
@@ -104,11 +105,11 @@ class Checkpoints:
             load_file(best) if best.exists() else None,
         )
 
-    def _newest(self) -> Path | None:
-        """The newest checkpoint whose files are all there and whole."""
+    def _newest(self, needed: str) -> Path | None:
+        """The newest checkpoint whose files are all there and whole, `needed` among them."""
         self.skipped = []
         for path in reversed(self._steps()):
-            problem = _problem(path)
+            problem = _problem(path, needed)
             if problem is None:
                 return path
             self.skipped.append(f"{path.name}: {problem}")
@@ -133,13 +134,15 @@ def _described(work: Path) -> dict[str, dict]:
     return {path.name: _entry(path) for path in work.iterdir()}
 
 
-def _problem(path: Path) -> str | None:
+def _problem(path: Path, needed: str) -> str | None:
     try:
         record = read_json(path / MANIFEST)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
         record["loop"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"no readable manifest ({type(error).__name__})"
+    if needed not in files:  # of a training whose tables are sharded, or are not
+        return f"it has no {needed}"
     for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:

@@ -21,7 +21,7 @@ from torch import nn
 
 from genrec_dist.artifacts.files import append_jsonl, write_atomic
 from genrec_dist.config import OptimConfig
-from genrec_dist.errors import TrainingError
+from genrec_dist.errors import DataError, TrainingError
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.checkpoints import Checkpoints, State
 from genrec_dist.training.engine import Engine
@@ -268,6 +268,13 @@ def _validate(
 ) -> State | None:
     engine.model.eval()
     metrics = task.validate(worker)
+    if MONITOR not in metrics:
+        raise DataError(
+            "no user has a validation item",
+            where="validation",
+            expected="at least one user with three interactions",
+            fix="loosen the k-core filter or check the source",
+        )
     curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **metrics)
     if metrics[MONITOR] > state.best or best is None:
         state.best, state.best_step, state.waited = metrics[MONITOR], state.step, 0

@@ -11,6 +11,7 @@ import torch
 
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.graph.exchange import gather_ids
+from genrec_dist.graph.layout import places_of_rows
 from genrec_dist.training.order import BatchOrder
 from genrec_dist.training.samples import HistorySamples, holdout_samples, prefix_samples
 from genrec_dist.training.worker import Worker
@@ -35,9 +36,7 @@ class OwnedSequences:
         for group in catalog.iterate_sequences():
             mine = self.users[np.searchsorted(self.users, first) : np.searchsorted(self.users, first + group.num_users)]
             counts = group.lengths[mine - first]
-            place = np.arange(counts.sum()) + np.repeat(
-                group.indptr[mine - first] - (np.cumsum(counts) - counts), counts
-            )
+            place = places_of_rows(group.indptr[mine - first], counts)
             items.append(group.items[place])
             stamps.append(group.timestamps[place])
             lengths.append(group.lengths)

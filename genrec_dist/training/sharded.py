@@ -15,12 +15,28 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from genrec_dist.config import OptimConfig
-from genrec_dist.errors import CheckpointError
+from genrec_dist.config import OptimConfig, RuntimeConfig
+from genrec_dist.errors import CheckpointError, ConfigError
 from genrec_dist.training.engine import MOMENTS, State, autocast, average_gradients, make_optimizer
 from genrec_dist.training.worker import Worker
 
 ROWS = "rows"
+
+
+def refuse_deepspeed(runtime: RuntimeConfig) -> None:
+    """Refuse settings that this engine would ignore.
+
+    Raises:
+        ConfigError: DeepSpeed or a ZeRO stage is asked for.
+    """
+    if runtime.engine == "deepspeed" or runtime.zero_stage:
+        raise ConfigError(
+            "tables that are sharded by owner are not trained by DeepSpeed",
+            where="runtime.engine",
+            got=f"{runtime.engine}, runtime.zero_stage {runtime.zero_stage}",
+            expected="auto or torch, runtime.zero_stage 0: each worker has its own rows and their optimiser state",
+            fix="leave both at their defaults",
+        )
 
 
 class ShardedModel(Protocol):
@@ -112,7 +128,8 @@ class ShardedEngine:
 
     def best(self) -> State:
         """This worker's part of the parameters alone."""
-        return {name: value for name, value in self.state().items() if name.startswith(("model/", f"{ROWS}/"))}
+        state: State = {f"{ROWS}/{name}": torch.from_numpy(rows) for name, rows in self.rows.items()}
+        return state | {f"model/{n}": p.detach().cpu().clone() for n, p in (self.tables | self.dense).items()}
 
     def load_parts(self, files: list[Path]) -> None:
         """Take this worker's rows, and the dense parameters, from the parts of a checkpoint.

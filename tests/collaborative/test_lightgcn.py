@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from genrec_dist.artifacts.files import read_json
 from genrec_dist.collaborative.lightgcn_stage import LightgcnTask
-from genrec_dist.config import LightgcnConfig, OptimConfig
+from genrec_dist.config import LightgcnConfig, LightgcnOptim, RuntimeConfig
 from genrec_dist.errors import CheckpointError
+from genrec_dist.evaluation.collaborative import COUNTS, evaluate_counts
 from genrec_dist.graph.interactions import Interactions
 from genrec_dist.graph.partitioners import assign_nodes
 from genrec_dist.graph.spmm import SpmmKind
 from genrec_dist.graph.stage import Partitions, write_partitions
+from genrec_dist.pipeline import StageContext
 from genrec_dist.testing.graphs import community_graph, uneven_assignment
 from genrec_dist.testing.processes import run_processes
 from genrec_dist.training.checkpoints import Checkpoints
@@ -23,17 +26,17 @@ from genrec_dist.training.sharded import ShardedEngine
 from genrec_dist.training.worker import Worker
 
 USERS, ITEMS = 150, 90
-OPTIM = {"optimizer": "adam", "warmup_steps": 0, "clip_norm": 0.0, "batch_size": 64, "epochs": 1}
+OPTIM = {"batch_size": 64, "epochs": 1}
 CONFIGS = {
-    "bpr": LightgcnConfig(dim=16, l2=1e-2, optim=OptimConfig(**OPTIM)),
+    "bpr": LightgcnConfig(dim=16, l2=1e-2, optim=LightgcnOptim(**OPTIM)),
     "bpr_many": LightgcnConfig(
-        dim=16, l2=1e-2, num_negatives=3, negatives="popularity", optim=OptimConfig(**OPTIM | {"clip_norm": 0.01})
+        dim=16, l2=1e-2, num_negatives=3, negatives="popularity", optim=LightgcnOptim(**OPTIM | {"clip_norm": 0.01})
     ),
     "softmax": LightgcnConfig(
         dim=16, l2=1e-2, loss="sampled_softmax", num_negatives=20, negatives="popularity", similarity="cosine",
-        optim=OptimConfig(**OPTIM),
+        optim=LightgcnOptim(**OPTIM),
     ),
-    "sampled": LightgcnConfig(dim=16, l2=1e-2, mode="sampled", fanouts=[4, 3, 2], optim=OptimConfig(**OPTIM)),
+    "sampled": LightgcnConfig(dim=16, l2=1e-2, mode="sampled", fanouts=[4, 3, 2], optim=LightgcnOptim(**OPTIM)),
 }  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def work(worker: Worker, folder: Path, out: Path, config: LightgcnConfig, steps:
         engine.step(1e-2)
     result["table"] = whole(task, task.model.table, worker)
     result["final"] = whole(task, task.model.embeddings(), worker)
-    result["metrics"] = {n: torch.from_numpy(c) for n, c in task.rank_counts(worker, 0, 20).items()}
+    result["counts"] = torch.from_numpy(task.rank_counts(task.model.embeddings(), worker, 0, 20))
     if worker.is_main:
         torch.save(result, out)
     return result
@@ -174,8 +177,8 @@ def test_any_partition_equals_one_process_in_float64(done, kind, num_parts, name
     one = one_process(done, name)
     found = torch.load(done / f"{kind}-{num_parts}-{name}.pt", weights_only=True)
     assert_same(found, one, 1e-9, 1e-8)
-    for view, counts in one["metrics"].items():
-        assert found["metrics"][view].equal(counts), view
+    assert found["counts"].equal(one["counts"])
+    assert int(one["counts"].sum()) > 0
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -258,7 +261,7 @@ def test_sampled_propagation_is_unbiased(tmp_path):
     estimates = []
     for key in range(1500):
         blocks, outer = sampler.blocks(seeds, key)
-        estimates.append(sampled_layers(blocks, y[torch.from_numpy(outer)])[2])
+        estimates.append(sampled_layers(blocks, y[torch.from_numpy(outer)])[1])
     stack = torch.stack(estimates)
     rows = model.propagation
     degrees = torch.from_numpy(np.maximum(model.partition.degrees, 1))[:, None]
@@ -306,8 +309,18 @@ def test_ranks_against_brute_force(tmp_path):
                 row[torch.from_numpy(np.array(seen, np.int64))] = -torch.inf
                 row[target] = keep
             hits[masked].append(int((row > row[target]).sum()) + 1)
-    result = task.evaluate(Worker(), cutoffs, 10)
-    assert result["users"] == int((task.targets[:, 1] >= 0).sum())
+    counts = np.stack([task.rank_counts(task.model.embeddings(), Worker(), column, 1000) for column in (0, 1)])
+    np.save(tmp_path / COUNTS, counts)
+    context = StageContext(out=tmp_path, inputs={"model": tmp_path}, runtime=RuntimeConfig())
+    settings = {"method": "lightgcn", "order": "time", "seed": 0, "cutoffs": cutoffs, "bootstrap_samples": 50}
+    evaluate_counts(context, settings)
+    result = read_json(tmp_path / "metrics.json")
+    assert result["users"] == len(hits[True])
+    for name, (low, high) in result["intervals"].items():
+        assert low <= result["test"][name] <= high
+    some = task.rank_counts(task.model.embeddings(), Worker(), 1, 20, limit=50)
+    assert some[1].sum() == 50
+    assert some[1, 1:21].sum() == np.sum(np.array(hits[True][:50]) <= 20)
     for masked, name in ((True, "masked_seen"), (False, "test")):
         ranks = np.array(hits[masked])
         for k in cutoffs:

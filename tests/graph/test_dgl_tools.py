@@ -19,7 +19,8 @@ from genrec_dist.errors import ClusterError, DataError
 from genrec_dist.graph import dgl_tools
 from genrec_dist.graph.dgl_tools import dgl_problem, load_dgl, metis_assignment, write_dgl_partition
 from genrec_dist.graph.interactions import Interactions
-from genrec_dist.graph.layout import iterate_partitions, load_partition, save_partition
+from genrec_dist.graph.layout import load_partition, save_partition
+from genrec_dist.testing.graphs import iterate_partitions
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_USERS, NUM_ITEMS = 30, 14

@@ -14,8 +14,8 @@ import pytest
 from genrec_dist.errors import ClusterError, ConfigError, DataError
 from genrec_dist.graph import partitioners
 from genrec_dist.graph.interactions import FILES, Interactions
-from genrec_dist.graph.layout import iterate_partitions
 from genrec_dist.graph.partitioners import KINDS, assign_nodes, assignment_hash, cut_pairs, partition_report
+from genrec_dist.testing.graphs import iterate_partitions
 
 COMMUNITIES = 4
 

@@ -29,6 +29,7 @@ from genrec_dist.catalog.dataset import Catalog
 from genrec_dist.collaborative.lightgcn_stage import LightgcnTask
 from genrec_dist.config import LightgcnConfig, LightgcnOptim
 from genrec_dist.graph.interactions import FILES, Interactions, training_interactions
+from genrec_dist.graph.locality import neighbour_blocks
 from genrec_dist.graph.partitioners import assign_nodes, partition_report
 from genrec_dist.graph.stage import Partitions, write_partitions
 from genrec_dist.testing.graphs import community_graph
@@ -37,6 +38,7 @@ from genrec_dist.training.sharded import ShardedEngine
 from genrec_dist.training.worker import Worker
 
 MEMORY_LIMIT = 17 << 30
+BLOCK_NODES = 8192
 RATE = 1e-3
 
 
@@ -84,21 +86,35 @@ def make_graph(args: argparse.Namespace) -> Interactions:
 
 def cut(graph: Interactions, args: argparse.Namespace) -> dict:
     """Partitions for one worker and for two; what the cut costs."""
-    write_partitions(args.folder / "1", graph, np.zeros(graph.num_nodes, np.int32), 1, "random")
+    nothing = np.zeros(graph.num_nodes, np.int32)
+    write_partitions(args.folder / "1", graph, nothing, 1, "random")
+    began = time.monotonic()
+    blocks = neighbour_blocks(graph, nothing, 1, BLOCK_NODES, 3600)
+    print(f"blocks, 1 part: {time.monotonic() - began:.1f} s", flush=True)
+    write_partitions(args.folder / "1-blocks", graph, nothing, 1, "random", blocks)
     if not args.workers:
         return {}
     began = time.monotonic()
-    assignment = assign_nodes("metis", graph, 2, 0)
-    print(f"METIS, 2 parts: {time.monotonic() - began:.1f} s", flush=True)
-    return partition_report(graph, assignment, 2, write_partitions(args.folder / "2", graph, assignment, 2, "metis"))
+    assignment = assign_nodes("pymetis", graph, 2, 0)
+    print(f"2 parts: {time.monotonic() - began:.1f} s", flush=True)
+    parts = write_partitions(args.folder / "2", graph, assignment, 2, "pymetis")
+    blocks = neighbour_blocks(graph, assignment, 2, BLOCK_NODES, 3600)
+    write_partitions(args.folder / "2-blocks", graph, assignment, 2, "pymetis", blocks)
+    return partition_report(graph, assignment, 2, parts)
 
 
 def compare(graph: Interactions, report: dict, args: argparse.Namespace) -> None:
     """Run the variants in turn and print medians and ratios."""
     if args.workers:
-        variants = ["1 worker, 2 threads", "2 workers, 1 thread", "2 workers, 1 thread, overlap"]
+        variants = [
+            "1 worker, 2 threads",
+            "2 workers, 1 thread",
+            "2 workers, 1 thread, overlap",
+            "1 worker, 2 threads, blocks",
+            "2 workers, 1 thread, blocks",
+        ]
     else:
-        variants = ["ours, dgl", "ours, torch", "torch.sparse", "PyG, CSR", "PyG, edge index"]
+        variants = ["ours, blocks, dgl", "ours, dgl", "ours, torch", "torch.sparse", "PyG, CSR", "PyG, edge index"]
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     facts: dict[str, dict] = {}
     for turn in range(args.rounds):
@@ -155,7 +171,7 @@ def run_variant(args: argparse.Namespace) -> None:
 
 def make_task(worker: Worker, args: argparse.Namespace, kind: str = "dgl", overlap: bool = False) -> LightgcnTask:
     graph = Interactions.load(args.folder)
-    partitions = Partitions(args.folder / str(worker.world_size))
+    partitions = Partitions(args.folder / f"{worker.world_size}{'-blocks' if 'blocks' in args.variant else ''}")
     targets = np.full((graph.num_users, 2), -1)
     return LightgcnTask(settings(args), graph, partitions, targets, worker, 0, kind, overlap)
 

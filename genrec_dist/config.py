@@ -172,6 +172,9 @@ class GraphConfig(Section):
         "pymetis", description="pymetis: METIS with a seed; metis: DGL's, balanced by node type, never the same twice"
     )
     seed: int = Field(0, ge=0, description="of pymetis and random")
+    block_nodes: int = Field(
+        8192, ge=0, description="nodes that are put together in memory with their neighbours; 0: by number"
+    )
     dgl_format: bool = Field(True, description="store the partitions in DGL's format as well, where DGL works")
 
 

@@ -120,7 +120,13 @@ def _metis(graph: Interactions, num_parts: int, seed: int) -> np.ndarray:
 
 
 def assignment_from_child(
-    kind: str, module: str, graph: Interactions, num_parts: int, time_limit: float, seed: int = 0
+    kind: str,
+    module: str,
+    graph: Interactions,
+    num_parts: int,
+    time_limit: float,
+    seed: int = 0,
+    extra: dict[str, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Run a partitioner in a process of its own, which may abort or hang without harm to this one.
 
@@ -131,6 +137,7 @@ def assignment_from_child(
         num_parts: partitions.
         time_limit: seconds after which the child is killed.
         seed: passed on.
+        extra: arrays that the child finds in its folder as well.
 
     Shapes:
         returns: (num_nodes,) int32.
@@ -145,8 +152,8 @@ def assignment_from_child(
     with tempfile.TemporaryDirectory(prefix="genrec-partition-") as name:
         folder = Path(name)
         try:
-            for array in FILES:
-                np.save(folder / f"{array}.npy", getattr(graph, array), allow_pickle=False)
+            for array, values in ({n: getattr(graph, n) for n in FILES} | (extra or {})).items():
+                np.save(folder / f"{array}.npy", values, allow_pickle=False)
         except OSError as error:  # TMPDIR names another place
             raise failed(f"graph could not be written to {folder}: {error}") from error
         command = child_command(module, folder, num_parts, time_limit, seed)

@@ -1,9 +1,9 @@
 """One partition of the graph as plain arrays: who owns what, and the local rows of the adjacency matrix.
 
 Nodes are renumbered so that a partition's nodes are consecutive: partition p owns the new ids offsets[p] ..
-offsets[p + 1], its users first (ascending), then its items (ascending). A row of an owned node lists all its
-neighbours in the order of the graph, which samples of neighbours rely on: owned ones by their place, others as halo
-nodes. Knows nothing of DGL, torch or processes.
+offsets[p + 1], its users first, then its items, both by number or block by block (locality.py). A row of an owned node
+lists all its neighbours in the order of the graph, which samples of neighbours rely on: owned ones by their place,
+others as halo nodes. Knows nothing of DGL, torch or processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Partition:
 
     Shapes:
         offsets: (num_parts + 1,) int64, first new id of each partition.
-        users: (n_u,) int64 user indices owned, ascending. items: (n_i,) int64 item indices owned, ascending.
+        users: (n_u,) int64 user indices owned. items: (n_i,) int64 item indices owned.
         halo: (n_h,) int64 new ids of neighbours owned by others, ascending (so grouped by owner).
         indptr: (n + 1,) int64 with n = n_u + n_i. indices: (nnz,) int32; below n: owned, else n + place in halo.
     """
@@ -57,14 +57,25 @@ class Partition:
         return np.diff(self.indptr)
 
 
-def renumber(assignment: np.ndarray, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+def renumber(
+    assignment: np.ndarray, num_parts: int, num_users: int = 0, blocks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """New id of every node, and the first new id of every partition.
 
+    Args:
+        assignment: partition of each node, users before items.
+        num_parts: partitions.
+        num_users: users; needed with blocks.
+        blocks: within a partition and type, nodes come by block and then by number; by default by number.
+
     Shapes:
-        assignment: (num_nodes,) integers, partition of each node (users, then items).
+        assignment: (num_nodes,) integers. blocks: (num_nodes,) integers.
         returns: (num_nodes,) int64, (num_parts + 1,) int64.
     """
-    order = np.argsort(assignment, kind="stable")
+    if blocks is None:
+        order = np.argsort(assignment, kind="stable")
+    else:
+        order = np.lexsort((blocks, np.arange(len(assignment)) >= num_users, assignment))
     new_id = np.empty(len(assignment), np.int64)
     new_id[order] = np.arange(len(assignment))
     counts = np.bincount(assignment, minlength=num_parts)
@@ -81,7 +92,7 @@ def build_partition(graph: Interactions, part: int, new_id: np.ndarray, offsets:
         offsets: first new id of each partition.
     """
     num_users, num_items = graph.num_users, graph.num_items
-    if len(offsets) == 2:  # everything is owned, in its own order
+    if len(offsets) == 2 and bool((new_id[1:] > new_id[:-1]).all()):  # everything is owned, in its own order
         indices = np.concatenate([graph.user_items.astype(np.int32) + np.int32(num_users), graph.item_users])
         indptr = np.concatenate([graph.user_indptr, graph.item_indptr[1:] + graph.num_pairs])
         users, items, halo = np.arange(num_users), np.arange(num_items), np.zeros(0, np.int64)
@@ -89,6 +100,7 @@ def build_partition(graph: Interactions, part: int, new_id: np.ndarray, offsets:
     first, last = int(offsets[part]), int(offsets[part + 1])
     users = np.flatnonzero((new_id[:num_users] >= first) & (new_id[:num_users] < last))
     items = np.flatnonzero((new_id[num_users:] >= first) & (new_id[num_users:] < last))
+    users, items = users[np.argsort(new_id[users])], items[np.argsort(new_id[num_users + items])]
     user_rows, user_counts = _rows(graph.user_indptr, graph.user_items, users)
     item_rows, item_counts = _rows(graph.item_indptr, graph.item_users, items)
     neighbour = np.concatenate([new_id[num_users + user_rows.astype(np.int64)], new_id[item_rows.astype(np.int64)]])
@@ -113,6 +125,19 @@ def _rows(indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> tuple[np
     """Concatenated rows of a CSR matrix, and their lengths."""
     counts = np.asarray(indptr[rows + 1] - indptr[rows])
     return np.asarray(indices[places_of_rows(indptr[rows], counts)]), counts
+
+
+def split_halo(
+    partition: Partition,
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """The rows' owned columns; the halo columns of the rows that have any; which rows those are."""
+    indices, count = np.asarray(partition.indices), partition.num_owned
+    row = np.repeat(np.arange(count), partition.degrees)
+    outside = indices >= count
+    inner = np.concatenate([[0], np.cumsum(np.bincount(row[~outside], minlength=count))])
+    boundary, lengths = np.unique(row[outside], return_counts=True)
+    outer = np.concatenate([[0], np.cumsum(lengths)])
+    return (inner, indices[~outside]), (outer, indices[outside] - count), boundary
 
 
 ARRAYS = ("users", "items", "halo", "indptr", "indices")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from genrec_dist.graph.exchange import request_rows, start_exchange
-from genrec_dist.graph.layout import Partition
+from genrec_dist.graph.layout import Partition, split_halo
 from genrec_dist.graph.spmm import SpmmKind, make_neighbour_sum
 from genrec_dist.training.worker import Worker
 
@@ -108,16 +108,3 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         return ctx.propagation.apply(grad.contiguous()), None
-
-
-def split_halo(
-    partition: Partition,
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """The rows' owned columns; the halo columns of the rows that have any; which rows those are."""
-    indices, count = np.asarray(partition.indices), partition.num_owned
-    row = np.repeat(np.arange(count), partition.degrees)
-    outside = indices >= count
-    inner = np.concatenate([[0], np.cumsum(np.bincount(row[~outside], minlength=count))])
-    boundary, lengths = np.unique(row[outside], return_counts=True)
-    outer = np.concatenate([[0], np.cumsum(lengths)])
-    return (inner, indices[~outside]), (outer, indices[outside] - count), boundary

@@ -1,6 +1,6 @@
 """Tables with one row a node, sharded by owner: starting values, and writing them as embedding artifacts.
 
-Row r of a worker's shard is its r-th owned node: its users first, then its items, both ascending.
+Row r of a worker's shard is its r-th owned node: its users first, then its items.
 """
 
 from __future__ import annotations

@@ -24,14 +24,14 @@ class OwnedSequences:
 
     Args:
         catalog: finished catalog.
-        users: whose to keep, ascending.
+        users: whose to keep.
 
     Shapes:
         users: (n,) int64.
     """
 
     def __init__(self, catalog: Catalog, users: np.ndarray) -> None:
-        self.users = np.asarray(users)
+        self.users = np.sort(users)
         items, stamps, lengths, first = [], [], [], 0
         for group in catalog.iterate_sequences():
             mine = self.users[np.searchsorted(self.users, first) : np.searchsorted(self.users, first + group.num_users)]

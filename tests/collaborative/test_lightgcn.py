@@ -49,9 +49,12 @@ def cut(folder: Path, kind: str, num_parts: int) -> Path:
     chosen = graph()
     if kind == "uneven":
         assignment = uneven_assignment(chosen, num_parts)
+    elif kind == "blocks":
+        assignment = np.zeros(chosen.num_nodes, np.int32)
     else:
         assignment = assign_nodes(kind, chosen, num_parts, 0, 120)
-    write_partitions(folder, chosen, assignment, num_parts, kind)
+    blocks = np.random.default_rng(0).integers(5, size=chosen.num_nodes) if kind in ("uneven", "blocks") else None
+    write_partitions(folder, chosen, assignment, num_parts, kind, blocks)
     return folder
 
 
@@ -179,6 +182,14 @@ def test_any_partition_equals_one_process_in_float64(done, kind, num_parts, name
     assert_same(found, one, 1e-9, 1e-8)
     assert found["counts"].equal(one["counts"])
     assert int(one["counts"].sum()) > 0
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_blocks_change_nothing(tmp_path, done, name):
+    found = work(Worker(), cut(tmp_path / "parts", "blocks", 1), tmp_path / "result.pt", CONFIGS[name])
+    one = one_process(done, name)
+    assert_same(found, one, 1e-9, 1e-8)
+    assert np.array_equal(found["counts"], one["counts"])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

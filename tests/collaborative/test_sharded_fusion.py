@@ -99,7 +99,8 @@ def done(tmp_path_factory) -> Path:
         for kind in ("random", "uneven"):
             assignment = assign_nodes("random", graph, count, 0, 60) if kind == "random" else None
             assignment = uneven_assignment(graph, count) if assignment is None else assignment
-            write_partitions(root / f"{kind}-{count}", graph, assignment, count, kind)
+            blocks = np.random.default_rng(0).integers(4, size=graph.num_nodes) if kind == "uneven" else None
+            write_partitions(root / f"{kind}-{count}", graph, assignment, count, kind, blocks)
     work_all(Worker(), root)
     for count in (2, 4):
         run_processes(work_all, count, root)

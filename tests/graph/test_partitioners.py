@@ -14,8 +14,9 @@ import pytest
 from genrec_dist.errors import ClusterError, ConfigError, DataError
 from genrec_dist.graph import partitioners
 from genrec_dist.graph.interactions import FILES, Interactions
+from genrec_dist.graph.locality import neighbour_blocks
 from genrec_dist.graph.partitioners import KINDS, assign_nodes, assignment_hash, cut_pairs, partition_report
-from genrec_dist.testing.graphs import iterate_partitions
+from genrec_dist.testing.graphs import community_graph, iterate_partitions
 
 COMMUNITIES = 4
 
@@ -222,3 +223,21 @@ def test_report_refuses_partitions_of_another_assignment():
         partition_report(graph, mine, 3, iterate_partitions(graph, assign_nodes("random", graph, 3, seed=1), 3))
     with pytest.raises(DataError, match="not those of the assignment"):
         partition_report(graph, mine, 3, list(iterate_partitions(graph, mine, 3))[:2])
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_blocks_put_neighbours_together(num_parts):
+    graph = community_graph(600, 400, 8000, communities=8, mixing=0.05, seed=1)
+    assignment = assign_nodes("pymetis", graph, num_parts, 0)
+    blocks = neighbour_blocks(graph, assignment, num_parts, 125, 60)
+    again = neighbour_blocks(graph, assignment, num_parts, 125, 60)
+    assert np.array_equal(blocks, again)
+    sizes = np.bincount(assignment * (blocks.max() + 1) + blocks)
+    assert sizes.max() < 2 * sizes[sizes > 0].mean()
+    users = np.repeat(np.arange(600), np.diff(graph.user_indptr))
+    items = 600 + graph.user_items.astype(np.int64)
+    same_part = assignment[users] == assignment[items]
+    together = (blocks[users] == blocks[items])[same_part].mean()
+    assert together > 0.6
+    assert neighbour_blocks(graph, assignment, num_parts, 0, 60) is None
+    assert neighbour_blocks(graph, assignment, num_parts, 2000, 60) is None

@@ -72,9 +72,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path, whole):
     """One of two workers dies in mid-epoch: both start again from the last checkpoint, to the same bytes."""
     process = start(tmp_path, GRAPH)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(
-        tmp_path.glob("store/lightgcn/*/scratch/*/step-*/checkpoint.json")
-    ):
+    while time.monotonic() < deadline and not list(tmp_path.glob("store/lightgcn/*/scratch/*/step-*/checkpoint.json")):
         time.sleep(0.01)
     workers = [p for p in psutil.Process(process.pid).children() if "multiprocessing" in " ".join(p.cmdline())]
     workers = [p for p in workers if "spawn_main" in " ".join(p.cmdline())]

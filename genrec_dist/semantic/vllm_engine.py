@@ -7,6 +7,9 @@ that a call should hold many texts. It pools (mean, last token, first token) and
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,7 +68,8 @@ class VllmEngine:
         config = load_config(source)
         self.tokenizer = load_tokenizer(source, config, max_tokens)
         arguments = engine_arguments(source, config, self.tokenizer, dtype, device, options)
-        self.llm = vllm.LLM(convert="embed", disable_log_stats=True, seed=0, **arguments)
+        with _hidden("llvmlite.binding.ffi"):
+            self.llm = vllm.LLM(convert="embed", disable_log_stats=True, seed=0, **arguments)
         self.dim = int(config.hidden_size)
         self.batch_rows, self.batch_tokens = CALL_TEXTS, 0
 
@@ -84,6 +88,21 @@ class VllmEngine:
         from vllm import exceptions
 
         return isinstance(error, (ValueError, getattr(exceptions, "VLLMValidationError", ValueError)))
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Take a module out of sys.modules for a while.
+
+    On a CPU vLLM looks at what every module holds, and falls over llvmlite's library, which answers any name with a
+    function. llvmlite is there when something in the process has imported numba, as torch-geometric does.
+    """
+    found = sys.modules.pop(module, None)
+    try:
+        yield
+    finally:
+        if found is not None:
+            sys.modules[module] = found
 
 
 def environment(device: str, num_threads: int) -> dict[str, str]:

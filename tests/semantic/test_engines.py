@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -105,6 +106,15 @@ def test_text_beyond_the_positions_is_cut(encoders, engine):
     assert made.tokenizer.max_tokens == max(map(len, ids)) == MAX_POSITIONS
     assert cut.tolist() == [False] * 4 + [True, False]
     assert np.isfinite(made.embed(ids)).all()
+
+
+def test_vllm_starts_where_numba_was_imported(encoders):
+    import numba  # noqa: F401
+    from llvmlite.binding import ffi
+
+    vectors = embed(SemanticConfig(engine="vllm", model=encoders["llama"], max_tokens=32))
+    assert np.isfinite(vectors).all()
+    assert sys.modules["llvmlite.binding.ffi"] is ffi
 
 
 def test_vllm_goes_on_after_a_text_that_it_refuses(encoders):

@@ -224,14 +224,59 @@ class LightgcnConfig(Section):
         return self
 
 
-class IdentifierConfig(Section):
-    """Integrated embeddings -> one code sequence an item."""
+class RqvaeOptim(OptimConfig):
+    """As OptimConfig, with what fits a small autoencoder over a table: large batches, many epochs, float32."""
 
-    tokenizer: Literal["hierarchical_kmeans"] = "hierarchical_kmeans"
-    num_clusters: int = Field(256, ge=2, description="K")
-    balanced: bool = False
-    iterations: int = Field(30, ge=1)
-    num_starts: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    batch_size: int = Field(1024, ge=1, description="items of a batch, over all workers")
+    epochs: int = Field(300, ge=1)
+    evaluate_every: int = Field(25, ge=1, description="epochs between validations")
+    patience: int = Field(1000, ge=1, description="validations without more variance explained before stopping")
+    precision: Literal["fp32"] = "fp32"
+    length_buckets: int = Field(0, ge=0, le=0, description="always 0: items have no length")
+
+
+class RqvaeConfig(Section):
+    """Residual-quantised autoencoder over one or two embedding tables (CSJ-ID section 3.2, TIGER)."""
+
+    semantic_weight: float = Field(0.5, ge=0, le=1, description="lambda: share of the first of two inputs")
+    hidden: list[int] = Field([256], description="widths of the encoder's hidden layers; the decoders mirror them")
+    latent_dim: int = Field(64, ge=1)
+    commit_weight: float = Field(0.25, ge=0, description="of the commitment loss; the paper's is 1")
+    commitment: Literal["total", "levels"] = Field(
+        "levels", description="total: encoder output to the sum of codes (paper); levels: each residual to its code"
+    )
+    codebook: Literal["gradient", "ema"] = Field("ema", description="how codes learn: moving averages or gradients")
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    kmeans_start: bool = Field(True, description="codes start as k-means of the first residuals, level by level")
+    kmeans_items: int = Field(65_536, ge=1, description="items of that k-means at most")
+    revive_below: float = Field(
+        0.05, ge=0, lt=1, description="a code used less than this share of an equal use is given to an item's residual"
+    )
+    sinkhorn_epsilon: float = Field(
+        0.0, ge=0, description="> 0: the last level is assigned by Sinkhorn in training, so that codes are used alike"
+    )
+    sinkhorn_iterations: int = Field(50, ge=1)
+    optim: RqvaeOptim = RqvaeOptim()
+
+
+class IdentifierConfig(Section):
+    """Item embeddings -> one code sequence an item."""
+
+    tokenizer: Literal["hierarchical_kmeans", "rqvae", "random"] = "hierarchical_kmeans"
+    num_clusters: int = Field(256, ge=2, description="K, codes of a level")
+    num_levels: int = Field(4, ge=1, description="L, levels of rqvae and random")
+    balanced: bool = Field(False, description="hierarchical_kmeans: equal-size clusters")
+    iterations: int = Field(30, ge=1, description="of k-means")
+    num_starts: int = Field(1, ge=1, description="of k-means")
+    collisions: Literal["dedup", "sinkhorn", "nearest_free"] = Field(
+        "dedup",
+        description="rqvae, items that share a code: one more code (TIGER), or other codes by Sinkhorn within their "
+        "prefix, or the nearest code that is free",
+    )
+    rqvae: RqvaeConfig = RqvaeConfig()
 
 
 class GeneratorConfig(Section):
@@ -269,6 +314,30 @@ class GeneratorConfig(Section):
     def _check(self) -> GeneratorConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"generator.dim {self.dim} must be a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class GptConfig(Section):
+    """CSJ-ID generator: decoder-only over the codes of the history."""
+
+    dim: int = Field(256, ge=8)
+    num_heads: int = Field(8, ge=1)
+    num_layers: int = Field(4, ge=1)
+    ffn_multiplier: int = Field(4, ge=1)
+    dropout: float = Field(0.2, ge=0, lt=1)
+    max_history: int = Field(20, ge=1, description="items of the history")
+    head: Literal["per_level", "child"] = Field(
+        "per_level", description="per_level: K logits a level (paper); child: softmax over a node's children"
+    )
+    head_similarity: Literal["dot", "cosine"] = "cosine"
+    head_temperature: float = Field(0.07, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    optim: OptimConfig = OptimConfig(epochs=60, patience=6)
+
+    @model_validator(mode="after")
+    def _check(self) -> GptConfig:
+        if self.dim % self.num_heads:
+            raise ValueError(f"gpt.dim {self.dim} must be a multiple of num_heads {self.num_heads}")
         return self
 
 
@@ -314,6 +383,8 @@ class EvaluationConfig(Section):
 
 
 Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine"]
+GENERATIVE = ("prorec", "csj_id", "semantic_id")
+"""Methods that generate codes."""
 WITHOUT_EVALUATION = {"embed"}
 """Methods that recommend nothing."""
 
@@ -381,7 +452,7 @@ class Config(Section):
     """One run."""
 
     name: str = "run"
-    method: Literal["prorec", "sasrec", "popularity", "embed", "lightgcn"] = "prorec"
+    method: Literal["prorec", "csj_id", "semantic_id", "sasrec", "popularity", "embed", "lightgcn"] = "prorec"
     seed: int = Field(0, ge=0)
     catalog: CatalogConfig = CatalogConfig(source="synthetic")
     semantic: SemanticConfig = SemanticConfig()
@@ -390,6 +461,7 @@ class Config(Section):
     fusion: FusionConfig = FusionConfig()
     identifiers: IdentifierConfig = IdentifierConfig()
     generator: GeneratorConfig = GeneratorConfig()
+    gpt: GptConfig = GptConfig()
     sasrec: SasrecConfig = SasrecConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     references: list[Reference] = ["popularity", "sasrec_cosine"]

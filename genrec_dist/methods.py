@@ -10,6 +10,7 @@ from genrec_dist.collaborative.stage import fusion_stage
 from genrec_dist.config import WITHOUT_EVALUATION, Config
 from genrec_dist.evaluation.collaborative import rank_count_stage
 from genrec_dist.evaluation.stage import evaluation_stage
+from genrec_dist.generator.gpt_stage import gpt_stage
 from genrec_dist.generator.stage import generator_stage
 from genrec_dist.graph.stage import graph_stage, partition_stage
 from genrec_dist.identifiers.stage import identifier_stage
@@ -22,10 +23,33 @@ def prorec(config: Config, catalog: Stage) -> list[Stage]:
     """PRORec: fuse text and behaviour, cluster into unicodes, generate the next item's code."""
     semantic = semantic_stage(config, catalog)
     fusion = fusion_stage(config, catalog, semantic)
-    identifiers = identifier_stage(config, fusion)
+    identifiers = identifier_stage(config, {"fusion": fusion})
     generator = generator_stage(config, catalog, fusion, identifiers)
     inputs = {"catalog": catalog, "fusion": fusion, "identifiers": identifiers, "generator": generator}
     return [semantic, fusion, identifiers, generator, evaluation_stage(config, "generator", inputs, "evaluation")]
+
+
+def csj_id(config: Config, catalog: Stage) -> list[Stage]:
+    """CSJ-ID: text and LightGCN embeddings through one RQ-VAE, a decoder-only model generates the codes."""
+    semantic = semantic_stage(config, catalog)
+    graph = graph_stage(config, catalog)
+    collaborative = lightgcn_stage(config, graph, partition_stage(config, graph))
+    identifiers = identifier_stage(config, {"semantic": semantic, "collaborative": collaborative})
+    generated = _gpt(config, catalog, identifiers)
+    return [semantic, graph, collaborative, identifiers, *generated]
+
+
+def semantic_id(config: Config, catalog: Stage) -> list[Stage]:
+    """CSJ-ID's baseline: the same with codes of the text alone, as TIGER makes them."""
+    semantic = semantic_stage(config, catalog)
+    identifiers = identifier_stage(config, {"semantic": semantic})
+    return [semantic, identifiers, *_gpt(config, catalog, identifiers)]
+
+
+def _gpt(config: Config, catalog: Stage, identifiers: Stage) -> list[Stage]:
+    generator = gpt_stage(config, catalog, identifiers)
+    inputs = {"catalog": catalog, "identifiers": identifiers, "generator": generator}
+    return [generator, evaluation_stage(config, "gpt", inputs, "evaluation")]
 
 
 def sasrec(config: Config, catalog: Stage) -> list[Stage]:
@@ -59,7 +83,15 @@ def lightgcn(config: Config, catalog: Stage) -> list[Stage]:
     return [graph, trained, rank_count_stage(config, trained)]
 
 
-METHODS = {"prorec": prorec, "sasrec": sasrec, "popularity": popularity, "embed": embed, "lightgcn": lightgcn}
+METHODS = {
+    "prorec": prorec,
+    "csj_id": csj_id,
+    "semantic_id": semantic_id,
+    "sasrec": sasrec,
+    "popularity": popularity,
+    "embed": embed,
+    "lightgcn": lightgcn,
+}
 
 
 def build_stages(config: Config) -> list[Stage]:

@@ -45,6 +45,14 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class DataSet(StrEnum):
+    """Data sets with configurations of their own."""
+
+    beauty = "beauty"
+    sports = "sports"
+    toys = "toys"
+
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -125,6 +133,50 @@ def run(
         finish=lambda folder: finish_run(resolved, folder),
     )
     show_result(finished, out())
+
+
+@app.command()
+@guarded
+def study(
+    name: Annotated[
+        str, typer.Argument(metavar="STUDY", help="Name of a study, see docs/studies.md.", show_default=False)
+    ],
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML file; default: the study's own.", show_default=False)
+    ] = None,
+    settings: Overrides = None,
+    data: Annotated[DataSet | None, typer.Option("--data", help="The study's own configuration of a data set.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="0,1,2", help="Default: the configuration's seed.")
+    ] = None,
+    identifiers_only: Annotated[
+        bool,
+        typer.Option(
+            "--identifiers-only", help="csj-lambda: stop every run after its identifiers; minutes, no Recall."
+        ),
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; write the page of the runs that exist.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs and what they build; start nothing.")
+    ] = False,
+    store: StorePath = STORE,
+    runs: RunsPath = RUNS,
+) -> None:
+    """Run every variant of one of the papers' tables, and write it beside the printed one."""
+    from genrec_dist.studies.catalogue import find_study
+
+    find_study(name)
+    from launcher import study as work
+
+    plan = work.make_plan(name, config, data.value if data else None, settings or [], seeds, identifiers_only)
+    if dry_run:
+        work.show_plan(plan, store, out())
+        return
+    if not report_only:
+        work.carry_out(plan, store=store, runs=runs, command=sys.argv, console=out())
+    work.show_study(*work.write_page(plan, runs), out())
 
 
 @app.command()

@@ -65,7 +65,12 @@ def check_batches(config: Config) -> None:
 
 def trained_sections(config: Config) -> list[str]:
     """Configuration sections with a gradient loop that the method or a reference uses."""
-    sections = {"prorec": ["fusion", "generator"], "lightgcn": ["lightgcn"]}.get(config.method, [])
+    sections = {
+        "prorec": ["fusion", "generator"],
+        "csj_id": ["lightgcn", "gpt"],
+        "semantic_id": ["gpt"],
+        "lightgcn": ["lightgcn"],
+    }.get(config.method, [])
     if config.method == "sasrec" or any(name.startswith("sasrec") for name in config.active_references):
         sections.append("sasrec")
     return sections

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 
 from genrec_dist.evaluation.dense import batched, mask_seen, target_ranks
-from genrec_dist.generator.beam import beam_search, exact_log_probabilities
-from genrec_dist.generator.model import Generator
+from genrec_dist.generator.beam import CodeGenerator, DenseGenerator, beam_search, exact_log_probabilities
 from genrec_dist.training.samples import HistorySamples
 from genrec_dist.training.worker import Worker
 
@@ -27,7 +28,7 @@ def drop_seen(items_BW: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.T
 
 
 def list_ranks(
-    model: Generator,
+    model: CodeGenerator,
     samples: HistorySamples,
     worker: Worker,
     *,
@@ -40,7 +41,7 @@ def list_ranks(
     count = min(limit or len(samples), len(samples))
     ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
     for start, end in batched(count, batch_size, worker):
-        batch = samples.gather(torch.arange(start, end, device=worker.device), model.config.max_history)
+        batch = samples.gather(torch.arange(start, end, device=worker.device), model.max_history)
         items, _, _ = beam_search(model, batch["history"], batch["mask"], width, mix_weight)
         ranks[start:end] = rank_in_list(items, batch["target"])
     return worker.sum(ranks).cpu().numpy()
@@ -56,10 +57,10 @@ class GenerativeRanker:
         exact: also score the whole catalog.
     """
 
-    def __init__(self, model: Generator, width: int, mix_weight: float) -> None:
+    def __init__(self, model: CodeGenerator, width: int, mix_weight: float) -> None:
         self.model, self.width = model, width
-        self.mix_weight = mix_weight if model.config.distill_weight else 0.0
-        self.max_history = model.config.max_history
+        self.mix_weight = mix_weight if model.dense_token != "none" else 0.0
+        self.max_history = model.max_history
 
     def __call__(self, batch: dict[str, torch.Tensor], exact: bool) -> dict[str, torch.Tensor]:
         history, mask, target = batch["history"], batch["mask"], batch["target"]
@@ -82,9 +83,10 @@ class GenerativeRanker:
         """Whole-catalog scores, and whether the dense score is mixed in (a token at the start only)."""
         model = self.model
         scores = exact_log_probabilities(model, history, mask)
-        if self.mix_weight and model.config.distill_position == "start":
-            hidden, _ = model.decode(model.start_tokens(len(history)), model.encode(history, mask))
-            return scores + self.mix_weight * model.dense_logits(model.distilled(hidden[:, 0])), True
+        if self.mix_weight and model.dense_token == "start":
+            scorer = cast(DenseGenerator, model)
+            hidden, _, _ = scorer.begin(history, mask)
+            return scores + self.mix_weight * scorer.dense_logits(scorer.distilled(hidden[:, 0])), True
         return scores, False
 
 

@@ -18,7 +18,7 @@ import torch
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.cluster import ensure_ray, gpus_per_worker, worker_threads
-from genrec_dist.config import Config, EvaluationConfig, GeneratorConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.config import Config, EvaluationConfig, GeneratorConfig, GptConfig, RuntimeConfig, SasrecConfig
 from genrec_dist.evaluation.bootstrap import bootstrap_intervals
 from genrec_dist.evaluation.dense import batched
 from genrec_dist.evaluation.metrics import rank_metrics
@@ -27,6 +27,7 @@ from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.worker import Worker, plain_worker, setup_torch
 
 Arrays = dict[str, np.ndarray]
+GENERATORS = ("generator", "gpt")
 EXACT_NAMES = ["rank_exact", "rank_checked", "same_top10"]
 
 
@@ -34,7 +35,7 @@ def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], labe
     """Stage that evaluates one trained model.
 
     Args:
-        method: 'generator', 'sasrec_inner', 'sasrec_cosine' or 'popularity'.
+        method: 'generator', 'gpt', 'sasrec_inner', 'sasrec_cosine' or 'popularity'.
         inputs: 'catalog', and the model's own artifacts.
         label: title of the stage.
     """
@@ -46,6 +47,9 @@ def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], labe
     }
     if method == "generator":
         settings["generator"] = config.generator.model_dump(mode="json")
+    elif method == "gpt":
+        settings["gpt"] = config.gpt.model_dump(mode="json")
+        del settings["evaluation"]["mix_weight"]  # no distillation token
     elif method.startswith("sasrec"):
         settings["sasrec"] = config.sasrec.model_copy(update={"similarity": method[7:]}).model_dump(mode="json")
     else:
@@ -82,13 +86,13 @@ def build_evaluation(context: StageContext, settings: dict) -> None:
 def summarise(test: Arrays, valid: Arrays, tied: np.ndarray, settings: dict, evaluation: EvaluationConfig) -> dict:
     """metrics.json from the ranks of all users."""
     cutoffs = evaluation.cutoffs
-    generative = settings["method"] == "generator"
+    generative = settings["method"] in GENERATORS
     metrics = {
         "method": settings["method"],
         "order": settings["order"],
         "users": len(test["rank"]),
         "beam_width": evaluation.beam_width if generative else None,
-        "mix_weight": evaluation.mix_weight if generative else 0.0,
+        "mix_weight": evaluation.mix_weight if settings["method"] == "generator" else 0.0,
         "test": rank_metrics(test["rank"], cutoffs),
         "valid": rank_metrics(valid["rank"], cutoffs),
         "intervals": bootstrap_intervals(test["rank"], cutoffs, evaluation.bootstrap_samples, settings["seed"])
@@ -155,7 +159,7 @@ def rank_users(
     sequences = Catalog(inputs["catalog"], settings["order"]).sequences
     ranker = _ranker(settings, inputs, sequences, evaluation, worker)
     samples, _ = holdout_samples(sequences, ranker.max_history, split, worker.device)
-    generative = settings["method"] == "generator"
+    generative = settings["method"] in GENERATORS
     exact_users = evaluation.exact_users if generative and split == "test" else 0
     arrays: Arrays = {}
     exact_batch = 16
@@ -169,7 +173,7 @@ def rank_users(
         if context is not None:
             context.progress(end, len(samples), "users")
     names = ["rank", "rank_masked"]
-    if generative and evaluation.mix_weight and settings["generator"]["distill_weight"]:
+    if settings["method"] == "generator" and evaluation.mix_weight and settings["generator"]["distill_weight"]:
         names.append("rank_without_mix")
     if exact_users:
         names += EXACT_NAMES
@@ -188,6 +192,11 @@ def _ranker(
         config = GeneratorConfig.model_validate(settings["generator"])
         model = load_model(config, inputs["fusion"], inputs["identifiers"], inputs["generator"]).to(worker.device)
         return GenerativeRanker(model, evaluation.beam_width, evaluation.mix_weight)
+    if method == "gpt":
+        from genrec_dist.generator.gpt_stage import load_gpt
+
+        gpt = load_gpt(GptConfig.model_validate(settings["gpt"]), inputs["identifiers"], inputs["generator"])
+        return GenerativeRanker(gpt.to(worker.device), evaluation.beam_width, mix_weight=0.0)
     if method == "popularity":
         from genrec_dist.baselines.popularity import popularity_scores
 

@@ -1,7 +1,7 @@
-"""Output heads of the generator: which child of a trie node comes next.
+"""Output heads of the generators: which child of a trie node comes next, and the loss of an item's codes.
 
 Both heads score the children of given nodes and nothing else, so nothing but an existing item can be emitted.
-Shape legend: B rows, C children (padded to the widest node of the level), D width, K codes.
+Shape legend: B rows, C children (padded to the widest node of the level), D width, K codes, L code length.
 """
 
 from __future__ import annotations
@@ -113,3 +113,72 @@ class PerLevelHead(nn.Module):
         children, valid = self.trie[0].children_of(nodes_B, level)
         codes = self.trie[0].code[children].clamp(min=0)
         return self.code_logits(hidden_BD, level).gather(1, codes).masked_fill(~valid, float("-inf"))
+
+
+Head = ChildHead | PerLevelHead
+
+
+def code_losses(
+    head: Head,
+    trie: DeviceTrie,
+    hidden_BLD: torch.Tensor,
+    path_BL: torch.Tensor,
+    depth_B: torch.Tensor,
+    smoothing: float,
+) -> list[torch.Tensor]:
+    """Cross-entropy of the codes of each level, summed over rows; levels past an item's depth do not count.
+
+    Args:
+        head: its logits are the model.
+        trie: tree of the path nodes.
+        hidden_BLD: state that predicts the code of each level.
+        path_BL: nodes of each item, one a level.
+        depth_B: code length of each item.
+        smoothing: share of the label that goes to all classes alike.
+
+    Returns:
+        One float32 scalar a level.
+    """
+    losses = []
+    for level in range(trie.max_depth):
+        node = path_BL[:, level]
+        parent = trie.parent[node] if level else torch.zeros_like(node)
+        if isinstance(head, PerLevelHead):
+            logits, label = head.code_logits(hidden_BLD[:, level], level), trie.code[node]
+        else:
+            logits, label = head(hidden_BLD[:, level], parent, level), node - trie.first_child[parent]
+        here = depth_B > level
+        label = label.where(here, torch.full_like(label, -100))
+        # A row without children here would give -inf - (-inf): its logits are replaced, its label ignored.
+        logits = logits.masked_fill(~here[:, None], 0.0)
+        losses.append(_cross_entropy(logits, label, smoothing))
+    return losses
+
+
+def _cross_entropy(logits: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Summed cross-entropy, smoothing spread over the existing (finite) classes only."""
+    plain = F.cross_entropy(logits, label, ignore_index=-100, reduction="sum")
+    if not smoothing:
+        return plain
+    log_p = logits.log_softmax(1)
+    finite = torch.isfinite(log_p)
+    uniform = -(log_p.masked_fill(~finite, 0.0).sum(1) / finite.sum(1))
+    return (1 - smoothing) * plain + smoothing * uniform[label >= 0].sum()
+
+
+def node_means(trie: Trie, embeddings: torch.Tensor) -> torch.Tensor:
+    """Start values of the node embeddings: mean over the items below each node.
+
+    Shapes:
+        embeddings: (num_items, N). Returns (num_nodes, N) float32.
+    """
+    path = torch.from_numpy(trie.item_path.astype("int64"))
+    depth = torch.from_numpy(trie.depth.astype("int64"))
+    sums = torch.zeros(trie.num_nodes, embeddings.shape[1], dtype=torch.float64)
+    counts = torch.zeros(trie.num_nodes, dtype=torch.float64)
+    sums[0], counts[0] = embeddings.double().sum(0), len(embeddings)
+    for level in range(trie.max_depth):
+        here = depth > level
+        sums.index_add_(0, path[here, level], embeddings[here].double())
+        counts.index_add_(0, path[here, level], torch.ones(int(here.sum()), dtype=torch.float64))
+    return (sums / counts[:, None]).float()

@@ -9,7 +9,7 @@ Source: PRORec section 3.4, equations 6 to 8.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import nn
 from genrec_dist.collaborative.backbones import recency
 from genrec_dist.collaborative.losses import scale_of, similarity
 from genrec_dist.config import GeneratorConfig
-from genrec_dist.generator.heads import ChildHead, DeviceTrie, PerLevelHead
+from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, node_means
 from genrec_dist.generator.transformer import DecoderLayer, EncoderLayer, KeyValue, init_weights
 from genrec_dist.identifiers.trie import Trie
 
@@ -68,9 +68,7 @@ class Generator(nn.Module):
             self.item = nn.Embedding.from_pretrained(self.integrated.clone(), freeze=not config.train_item_embeddings)
         if config.head == "child":
             nodes = node_means(trie, self.integrated)
-            self.head: ChildHead | PerLevelHead = ChildHead(
-                self.trie, dim, nodes, config.head_similarity, config.head_temperature
-            )
+            self.head: Head = ChildHead(self.trie, dim, nodes, config.head_similarity, config.head_temperature)
             self.node_in = nn.Linear(width, dim)
             self.head.query.apply(init_weights)
         else:
@@ -79,6 +77,16 @@ class Generator(nn.Module):
         if config.distill_weight:
             self.dis = nn.Parameter(torch.randn(dim) * 0.02)
             self.dis_out = nn.Linear(dim, width)
+
+    @property
+    def max_history(self) -> int:
+        """Items of a history at most."""
+        return self.config.max_history
+
+    @property
+    def dense_token(self) -> Literal["none", "start", "end"]:
+        """Where the distillation token stands."""
+        return self.config.distill_position if self.config.distill_weight else "none"
 
     # Encoder
 
@@ -133,11 +141,19 @@ class Generator(nn.Module):
             grown.append(kv)
         return self.decoder_norm(x_BTD), grown
 
+    def begin(
+        self, history_BS: torch.Tensor, mask_BS: torch.Tensor
+    ) -> tuple[torch.Tensor, Memory, list[KeyValue] | None]:
+        """States of the start tokens (the last one predicts the first code), memory, cache of the start tokens."""
+        memory = self.encode(history_BS, mask_BS)
+        hidden, cache = self.decode(self.start_tokens(len(history_BS)), memory)
+        return hidden, memory, cache
+
     def start_tokens(self, batch: int) -> torch.Tensor:
         """First decoder inputs, (B, 1 or 2, D): [BOS], or [DIS, BOS] when the token stands at the start."""
         tokens = [self.bos + self.step.weight[0]]
-        if self.config.distill_weight and self.config.distill_position == "start":
-            tokens.insert(0, self._dis_token())
+        if self.dense_token == "start":
+            tokens.insert(0, self.dis_token())
         return torch.stack(tokens).expand(batch, -1, -1)
 
     def path_tokens(self, nodes_BT: torch.Tensor, first_level: int = 1) -> torch.Tensor:
@@ -145,7 +161,8 @@ class Generator(nn.Module):
         levels = torch.arange(first_level, first_level + nodes_BT.shape[1], device=nodes_BT.device)
         return self.node_tokens(nodes_BT) + self.step(levels)
 
-    def _dis_token(self) -> torch.Tensor:
+    def dis_token(self) -> torch.Tensor:
+        """Decoder input of the distillation token, (D,)."""
         return self.dis + self.step.weight[self.trie.max_depth + 1]
 
     def distilled(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -175,12 +192,12 @@ class Generator(nn.Module):
         memory = self.encode(batch["history"], batch["mask"])
         path_BL, depth_B = self.trie.item_path[target], self.trie.depth[target]
         inputs = [self.start_tokens(len(target)), self.path_tokens(path_BL)]
-        at_end = bool(config.distill_weight) and config.distill_position == "end"
+        at_end = self.dense_token == "end"
         x_BTD = torch.cat(inputs, 1)
         if at_end:  # right behind the last code of each item; what follows is invisible to it
             x_BTD = torch.cat([x_BTD, x_BTD.new_zeros(len(target), 1, x_BTD.shape[2])], 1)
             place = (depth_B + 1)[:, None] == torch.arange(x_BTD.shape[1], device=target.device)
-            x_BTD = torch.where(place[..., None], self._dis_token().to(x_BTD.dtype), x_BTD)
+            x_BTD = torch.where(place[..., None], self.dis_token().to(x_BTD.dtype), x_BTD)
         hidden, _ = self.decode(x_BTD, memory)
         bos = inputs[0].shape[1] - 1
         loss_gen = self._code_loss(hidden[:, bos:], path_BL, depth_B) / batch["count"]
@@ -193,21 +210,10 @@ class Generator(nn.Module):
         return losses
 
     def _code_loss(self, hidden: torch.Tensor, path_BL: torch.Tensor, depth_B: torch.Tensor) -> torch.Tensor:
-        """Equation 6, summed over levels and rows. Levels past an item's depth do not count."""
+        """Equation 6, summed over levels and rows."""
         total = hidden.new_zeros((), dtype=torch.float32)
-        smoothing = self.config.label_smoothing
-        for level in range(self.trie.max_depth):
-            node = path_BL[:, level]
-            parent = self.trie.parent[node] if level else torch.zeros_like(node)
-            if isinstance(self.head, PerLevelHead):
-                logits, label = self.head.code_logits(hidden[:, level], level), self.trie.code[node]
-            else:
-                logits, label = self.head(hidden[:, level], parent, level), node - self.trie.first_child[parent]
-            here = depth_B > level
-            label = label.where(here, torch.full_like(label, -100))
-            # A row without children here would give -inf - (-inf): its logits are replaced, its label ignored.
-            logits = logits.masked_fill(~here[:, None], 0.0)
-            total = total + _cross_entropy(logits, label, smoothing)
+        for loss in code_losses(self.head, self.trie, hidden, path_BL, depth_B, self.config.label_smoothing):
+            total = total + loss
         return total
 
     def _distill_loss(self, query: torch.Tensor, target: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -221,32 +227,3 @@ class Generator(nn.Module):
         logits = logits.masked_fill(negatives[None] == target[:, None], float("-inf"))
         joined = torch.cat([positive[:, None], logits], 1)
         return (torch.logsumexp(joined, 1) - positive).sum()
-
-
-def _cross_entropy(logits: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Summed cross-entropy, smoothing spread over the existing (finite) classes only."""
-    plain = F.cross_entropy(logits, label, ignore_index=-100, reduction="sum")
-    if not smoothing:
-        return plain
-    log_p = logits.log_softmax(1)
-    finite = torch.isfinite(log_p)
-    uniform = -(log_p.masked_fill(~finite, 0.0).sum(1) / finite.sum(1))
-    return (1 - smoothing) * plain + smoothing * uniform[label >= 0].sum()
-
-
-def node_means(trie: Trie, embeddings: torch.Tensor) -> torch.Tensor:
-    """Start values of the node embeddings: mean over the items below each node.
-
-    Shapes:
-        embeddings: (num_items, N). Returns (num_nodes, N) float32.
-    """
-    path = torch.from_numpy(trie.item_path.astype("int64"))
-    depth = torch.from_numpy(trie.depth.astype("int64"))
-    sums = torch.zeros(trie.num_nodes, embeddings.shape[1], dtype=torch.float64)
-    counts = torch.zeros(trie.num_nodes, dtype=torch.float64)
-    sums[0], counts[0] = embeddings.double().sum(0), len(embeddings)
-    for level in range(trie.max_depth):
-        here = depth > level
-        sums.index_add_(0, path[here, level], embeddings[here].double())
-        counts.index_add_(0, path[here, level], torch.ones(int(here.sum()), dtype=torch.float64))
-    return (sums / counts[:, None]).float()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from genrec_dist.catalog.dataset import Catalog
+from genrec_dist.config import GENERATIVE, Config
 from genrec_dist.errors import ConfigError, DataError
-from genrec_dist.generator.beam import beam_search
+from genrec_dist.generator.beam import CodeGenerator, beam_search
+from genrec_dist.generator.gpt_stage import load_gpt
 from genrec_dist.generator.stage import load_model
 from genrec_dist.runs import RunFolder
 from genrec_dist.training.worker import pick_device
@@ -16,8 +18,8 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
     """The next items that the run's generator proposes; items of the history are left out.
 
     Args:
-        run: a finished PRORec run.
-        history: item ids, oldest first; the last `generator.max_history` count.
+        run: a finished run of a method that generates codes.
+        history: item ids, oldest first; the last `max_history` of the method's generator count.
         top_k: number of items.
         device: 'auto', 'cpu' or 'cuda'.
 
@@ -30,8 +32,10 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
         DataError: an item id is not in the run's catalog, or there is none.
     """
     config = run.config()
-    if config.method != "prorec":
-        raise ConfigError("run has no generator", where=run.path, got=config.method, expected="method prorec")
+    if config.method not in GENERATIVE:
+        raise ConfigError(
+            "run has no generator", where=run.path, got=config.method, expected=f"method {', '.join(GENERATIVE)}"
+        )
     if top_k < 1:
         raise ConfigError("not a number of items", where="--top-k", got=top_k, expected="at least 1")
     catalog = Catalog(run.artifact("catalog"), config.catalog.order)
@@ -45,17 +49,22 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
             expected=f"item ids of {run.artifact('catalog')}/items.parquet",
         )
     target = pick_device(device)
-    model = load_model(
-        config.generator, run.artifact("fusion"), run.artifact("identifiers"), run.artifact("generator")
-    ).to(target)
+    model = _load(config, run, target)
     seen = [index[item] for item in history]
-    recent = torch.tensor([seen[-config.generator.max_history :]], device=target)
+    recent = torch.tensor([seen[-model.max_history :]], device=target)
     width = min(max(config.evaluation.beam_width, top_k + len(set(seen))), model.trie.num_items)
-    mix_weight = config.evaluation.mix_weight if config.generator.distill_weight else 0.0
-    items, scores, _ = beam_search(model, recent, torch.ones_like(recent, dtype=torch.bool), width, mix_weight)
+    everything = torch.ones_like(recent, dtype=torch.bool)
+    items, scores, _ = beam_search(model, recent, everything, width, config.evaluation.mix_weight)
     ranked = [
         {"item_id": catalog.item_ids[i], "title": catalog.titles[i], "score": round(score, 4), "item_index": i}
         for i, score in zip(items[0].tolist(), scores[0].tolist())
         if i >= 0 and i not in seen
     ]
     return ranked[:top_k]
+
+
+def _load(config: Config, run: RunFolder, device: torch.device) -> CodeGenerator:
+    identifiers = run.artifact("identifiers")
+    if config.method == "prorec":
+        return load_model(config.generator, run.artifact("fusion"), identifiers, run.artifact("generator")).to(device)
+    return load_gpt(config.gpt, identifiers, run.artifact("gpt")).to(device)

@@ -1,6 +1,6 @@
 """Pre-norm Transformer layers on one device, shared by the generators and the self-attentive baselines.
 
-Shape legend: B batch, Q query length, S source length, D width, H heads, E width of a head.
+Shape legend: B batch, Q query length, S source length, T own length, W beams, D width, H heads, E width of a head.
 Source: Vaswani et al. (2017); pre-norm as in Xiong et al. (2020).
 """
 
@@ -62,6 +62,44 @@ class Attention(nn.Module):
             is_causal=causal,
         )
         return self.out(out.transpose(1, 2).reshape(batch, length, dim))
+
+    def behind(
+        self, query_BQD: torch.Tensor, prefix: KeyValue, prefix_mask: torch.Tensor, own: KeyValue, beams: int
+    ) -> torch.Tensor:
+        """Attend, in one softmax, to a prefix that a user's beams share and to each beam's own places behind it.
+
+        For search: no dropout. The prefix is not copied; W beams become query positions of their user's row.
+
+        Args:
+            query_BQD: the last Q of the own places; the batch is users x beams, beams of a user consecutive.
+            prefix: keys and values of the prefix, one a user.
+            prefix_mask: True at places that exist; every user has one.
+            own: keys and values of each beam's places; a query sees itself and those before it.
+            beams: W.
+
+        Shapes:
+            prefix: (users, H, S, E) each. prefix_mask: (users, 1, 1, S). own: (users x beams, H, T, E) each.
+            returns: (B, Q, D).
+        """
+        batch, length, dim = query_BQD.shape
+        users, heads, width = batch // beams, self.num_heads, dim // self.num_heads
+        query = self.query(query_BQD).view(users, beams, length, heads, width).permute(0, 3, 1, 2, 4)
+        query = query * width**-0.5  # (users, H, W, Q, E)
+        folded = query.reshape(users, heads, beams * length, width)
+        far = (folded @ prefix[0].transpose(2, 3)).masked_fill(~prefix_mask, float("-inf"))
+        key, value = (part.unflatten(0, (users, beams)).transpose(1, 2) for part in own)
+        near = query @ key.transpose(3, 4)
+        if length > 1:
+            total = near.shape[-1]
+            future = torch.ones(length, total, dtype=torch.bool, device=near.device).triu(total - length + 1)
+            near = near.masked_fill(future, float("-inf"))
+        near = near.flatten(2, 3)
+        peak = torch.maximum(far.amax(3, keepdim=True), near.amax(3, keepdim=True))
+        far, near = (far - peak).exp(), (near - peak).exp()
+        out = (near.view(users, heads, beams, length, -1) @ value).flatten(2, 3) + far @ prefix[1]
+        out = out / (far.sum(3, keepdim=True) + near.sum(3, keepdim=True))
+        out = out.view(users, heads, beams, length, width).permute(0, 2, 3, 1, 4)
+        return self.out(out.reshape(batch, length, dim))
 
 
 class FeedForward(nn.Sequential):
@@ -139,6 +177,46 @@ class DecoderLayer(nn.Module):
         crossed = self.cross_attention(normed, memory, memory_mask).view(batch, length, dim)
         x_BQD = x_BQD + self.dropout(crossed)
         return x_BQD + self.dropout(self.ffn(self.ffn_norm(x_BQD))), (key, value)
+
+
+class CausalLayer(nn.Module):
+    """Causal self-attention and feed-forward, residual, pre-norm, over a whole sequence or behind a shared prefix."""
+
+    def __init__(self, dim: int, num_heads: int, multiplier: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads, dropout)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, multiplier, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, KeyValue]:
+        """States of a sequence from its start, and the keys and values that later places need.
+
+        Right padding needs no mask: no real place looks at it.
+        """
+        normed = self.attention_norm(x_BSD)
+        own = self.attention.project(normed)
+        return self._rest(x_BSD, self.attention(normed, own, causal=True)), own
+
+    def extend(
+        self,
+        x_BQD: torch.Tensor,
+        prefix: KeyValue,
+        prefix_mask: torch.Tensor,
+        cache: KeyValue | None,
+        beams: int,
+    ) -> tuple[torch.Tensor, KeyValue]:
+        """States of further places behind a prefix, and the grown cache; arguments as in `Attention.behind`."""
+        normed = self.attention_norm(x_BQD)
+        key, value = self.attention.project(normed)
+        if cache is not None:
+            key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
+        return self._rest(x_BQD, self.attention.behind(normed, prefix, prefix_mask, (key, value), beams)), (key, value)
+
+    def _rest(self, x_BQD: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x_BQD = x_BQD + self.dropout(attended)
+        return x_BQD + self.dropout(self.ffn(self.ffn_norm(x_BQD)))
 
 
 def init_weights(module: nn.Module) -> None:

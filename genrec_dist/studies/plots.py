@@ -60,7 +60,8 @@ WIDTH = 9.4
 MAX_POINTS = 400
 
 
-def _figure(columns: int, height: float) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of panels side by side, as wide as a page."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, columns)))
 
@@ -94,7 +95,7 @@ def headline(entries: list[dict], metrics: list[str], oracle: dict[str, float]) 
         oracle: the best reachable value by metric, drawn as a line where known.
     """
     with mpl.rc_context(STYLE):
-        figure, panels = _figure(len(metrics), 0.75 + 0.34 * len(entries))
+        figure, panels = new_figure(len(metrics), 0.75 + 0.34 * len(entries))
         look = {"run": (COLOURS[0], "o"), "reference": ("#8b929c", "o"), "paper": (COLOURS[1], "D")}
         for axes, metric in zip(panels, metrics, strict=True):
             for y, entry in enumerate(reversed(entries)):
@@ -127,14 +128,14 @@ def stage_curves(records: list[dict], name: str) -> Markup | None:
     valid = [r for r in records if r.get("split") == "valid"]
     axis = "epoch" if all("epoch" in r for r in records) else "step"
     parts = sorted({k for r in train for k in r if k.startswith("loss_")})
-    metrics = [m for m in ("recall@10", "ndcg@10") if any(r.get(m) is not None for r in valid)]
+    metrics = _validated(valid)
     panels = [p for p in (("loss", ["loss"]), ("parts of the loss", parts), ("validation", metrics)) if p[1]]
     if not any("loss" in r for r in records):
         panels = panels[1:]
     if not panels:
         return None
     with mpl.rc_context(STYLE):
-        figure, all_axes = _figure(len(panels), 2.7)
+        figure, all_axes = new_figure(len(panels), 2.7)
         for axes, (title, names) in zip(all_axes, panels, strict=True):
             for i, key in enumerate(names):
                 if title == "loss":
@@ -146,13 +147,23 @@ def stage_curves(records: list[dict], name: str) -> Markup | None:
                     _line(axes, train, axis, key, label=key.removeprefix("loss_"))
             if title == "validation":
                 _mark_best(axes, valid, axis, metrics[-1])
-                axes.set_ylim(bottom=0)
+                if axes.get_ylim()[0] > 0 or metrics[-1] == "ndcg@10":
+                    axes.set_ylim(bottom=0)
             axes.set_title(title, loc="left")
             axes.set_xlabel(axis)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             if len(axes.lines) > 1:
                 axes.legend()
         return to_svg(figure, name)
+
+
+def _validated(valid: list[dict]) -> list[str]:
+    """Metrics of a validation that are drawn, the one that decides last: of a ranking, else of a tokenizer."""
+    names = {name for record in valid for name, value in record.items() if value is not None}
+    ranking = [name for name in ("recall@10", "ndcg@10") if name in names]
+    parts = sorted(name for name in names if name.startswith("explained_"))
+    kept = ["unique", *(parts if len(parts) > 1 else []), "explained"]
+    return ranking or [name for name in kept if name in names]
 
 
 def _line(axes: Axes, records: list[dict], axis: str, key: str, **look: Any) -> None:
@@ -181,7 +192,7 @@ def _mark_best(axes: Axes, valid: list[dict], axis: str, metric: str) -> None:
 def ranks(ranks_by_method: dict[str, np.ndarray]) -> Markup:
     """Recall@k over k for every method, and where the held-out items of the first method stand."""
     with mpl.rc_context(STYLE):
-        figure, (curve, bars) = _figure(2, 2.9)
+        figure, (curve, bars) = new_figure(2, 2.9)
         longest = max(2, min(int(next(iter(ranks_by_method.values())).max(initial=0)), 100))
         for method, values in ranks_by_method.items():
             counts = np.bincount(np.where(values > longest, 0, values), minlength=longest + 1)[1:]
@@ -212,7 +223,7 @@ def codebook(quality: dict) -> Markup:
     """Depths of the items, node sizes by level, and the variance that each level explains."""
     levels = quality["levels"]
     with mpl.rc_context(STYLE):
-        figure, (depths, sizes, variance) = _figure(3, 2.8)
+        figure, (depths, sizes, variance) = new_figure(3, 2.8)
         histogram = quality["depth_histogram"]
         depths.bar(list(histogram), list(histogram.values()), color=COLOURS[0], width=0.72)
         depths.set_title("items by code length", loc="left")
@@ -245,7 +256,7 @@ def codebook(quality: dict) -> Markup:
 def maps(panels: list[Map]) -> Markup:
     """t-SNE maps side by side; the points are one picture, not thousands of marks."""
     with mpl.rc_context(STYLE | {"axes.grid": False}):
-        figure, all_axes = _figure(len(panels), WIDTH / max(len(panels), 2) + 0.2)
+        figure, all_axes = new_figure(len(panels), WIDTH / max(len(panels), 2) + 0.2)
         for axes, panel in zip(all_axes, panels, strict=True):
             colours = np.array(CLUSTERS)[panel.clusters % len(CLUSTERS)]
             axes.scatter(
@@ -261,7 +272,7 @@ def maps(panels: list[Map]) -> Markup:
 def similarity_bars(rows: list[tuple[str, float, float]]) -> Markup:
     """Shares of the two modalities as stacked bars: (label, semantic, collaborative)."""
     with mpl.rc_context(STYLE):
-        figure, (axes,) = _figure(1, 0.6 + 0.36 * len(rows))
+        figure, (axes,) = new_figure(1, 0.6 + 0.36 * len(rows))
         labels = [row[0] for row in reversed(rows)]
         semantic = np.array([row[1] for row in reversed(rows)])
         axes.barh(labels, semantic, color=COLOURS[0], height=0.62, label="semantic")
@@ -275,4 +286,4 @@ def similarity_bars(rows: list[tuple[str, float, float]]) -> Markup:
 
 
 def _metric_name(metric: str) -> str:
-    return metric.replace("recall", "Recall").replace("ndcg", "NDCG")
+    return metric.replace("recall", "Recall").replace("ndcg", "NDCG").replace("_", " ")

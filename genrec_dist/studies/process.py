@@ -1,12 +1,11 @@
-"""Sections of the report that speak of how the result came about: training, identifiers, embeddings, data, stages,
-settings. Reads through RunData; only the t-SNE cache is written.
+"""Sections of the report that speak of how the result came about: training, embeddings, data, stages, settings.
+
+Reads through RunData; only the t-SNE cache is written.
 """
 
 from __future__ import annotations
 
 from statistics import median
-
-import numpy as np
 
 from genrec_dist.artifacts.embeddings import ARRAY
 from genrec_dist.artifacts.reader import EmbeddingStore
@@ -25,10 +24,11 @@ from genrec_dist.studies.blocks import (
     seconds,
 )
 from genrec_dist.studies.embedding_facts import embedding_facts
+from genrec_dist.studies.identifier_section import STAGE as IDENTIFIERS
+from genrec_dist.studies.results import CSJ_METHODS
 from genrec_dist.studies.run_data import RunData
 from genrec_dist.studies.tsne import tsne_maps
 
-NUM_EXAMPLES = 6
 NO_RECORD = "no record"
 
 
@@ -36,6 +36,8 @@ def training_section(data: RunData) -> Section | None:
     """Curves of every training stage."""
     blocks = []
     for i, (stage, records) in enumerate(data.curves.items()):
+        if stage == IDENTIFIERS:  # shown with the identifiers
+            continue
         svg = plots.stage_curves(records, f"curves{i}")
         if svg is not None:
             blocks.append(Figure(svg, f"Stage “{stage}”. {_training_facts(records)}"))
@@ -56,69 +58,6 @@ def _training_facts(records: list[dict]) -> str:
     if speeds:
         facts.append(f"median {median(speeds):,.0f} samples/s")
     return "; ".join(facts) + "." if facts else ""
-
-
-def identifiers_section(data: RunData) -> Section | None:
-    """Codebook quality and a few items with their codes."""
-    quality = data.json("identifiers", "quality.json")
-    if not quality:
-        return None
-    kept = quality["neighbour_preservation"]
-    summary = (
-        f"{quality['num_items']:,} items, {percent(quality['unique_fraction'], 2)} with a code of their own "
-        f"({quality['collisions']:,} share one), mean code length {quality['mean_depth']:.2f}, "
-        f"K = {quality['num_clusters']}. "
-    )
-    if kept["recall"] is not None:
-        summary += (
-            f"{percent(kept['recall'])} of an item's {kept['neighbours']} nearest neighbours lie in its level-1 "
-            f"cluster (by chance: {percent(kept['chance'])}; {kept['queries']:,} items)."
-        )
-    head = ["level", "items", "codes used", "nodes", "entropy, bits", "perplexity / K"]
-    head += ["size min", "median", "mean", "max", "variance explained"]
-    rows = [
-        [
-            str(level["level"]),
-            plain(level["items"]),
-            plain(level["codes_used"]),
-            plain(level["nodes"]),
-            f"{level['entropy_bits']:.2f}",
-            f"{level['normalised_perplexity']:.3f}",
-            plain(level["size_min"]),
-            f"{level['size_median']:g}",
-            f"{level['size_mean']:.1f}",
-            plain(level["size_max"]),
-            percent(level["variance_explained"]),
-        ]
-        for level in quality["levels"]
-    ]
-    blocks: list[Block] = [Text(summary), Figure(plots.codebook(quality)), Table(head, rows)]
-    examples = _example_codes(data)
-    if examples:
-        blocks.append(examples)
-    return Section("identifiers", "Item identifiers", blocks)
-
-
-def _example_codes(data: RunData) -> Details | None:
-    """Items below one small inner node: what the codebook thinks is alike."""
-    from genrec_dist.identifiers.trie import FILE, Trie
-
-    codebook, catalog = data.folder("identifiers"), data.folder("catalog")
-    if codebook is None or catalog is None or not (codebook / FILE).is_file():
-        return None
-    import pyarrow.parquet as pq
-
-    items = pq.read_table(catalog / "items.parquet", columns=["item_id", "title", "brand"])
-    trie = Trie.load(codebook)
-    nodes, sizes = np.unique(trie.item_path[:, 0], return_counts=True)
-    rows = []
-    for node in nodes[np.argsort(-sizes, kind="stable")][:3]:  # the largest level-1 clusters
-        for item in np.flatnonzero(trie.item_path[:, 0] == node)[:NUM_EXAMPLES]:
-            row = items.slice(int(item), 1).to_pylist()[0]
-            code = " ".join(str(c) for c in trie.codes[item, : trie.depth[item]])
-            rows.append([code, row["item_id"], row["title"] or "–", row["brand"] or "–"])
-    table = Table(["code", "item", "title", "brand"], rows, text_columns={0, 1, 2, 3})
-    return Details(f"Example items of the three largest level-1 clusters ({len(rows)})", table=table)
 
 
 def embeddings_section(data: RunData) -> Section | None:
@@ -170,10 +109,15 @@ def _similarity(data: RunData) -> list[Block]:
 
 def _maps(data: RunData) -> list[Block]:
     num_items = data.config.report.tsne_items
-    semantic, fusion = data.folder("semantic"), data.folder("fusion")
+    semantic, fusion, lightgcn = (data.folder(title) for title in ("semantic", "fusion", "lightgcn"))
     sources = {"semantic": (semantic, "semantic")} if semantic else {}
     if fusion:
         sources |= {"collaborative": (fusion / "collaborative", "fusion"), "integrated": (fusion, "fusion")}
+    else:
+        sources |= {"collaborative": (lightgcn, "lightgcn")} if lightgcn else {}
+        coded = data.folder(IDENTIFIERS)
+        title = "quantised" if data.config.identifiers.tokenizer == "rqvae" else "joint"
+        sources |= {title: (coded, IDENTIFIERS)} if coded else {}
     sources = {title: source for title, source in sources.items() if (source[0] / ARRAY).exists()}
     if num_items < 10 or not sources:
         return []
@@ -216,11 +160,12 @@ def data_section(data: RunData) -> Section | None:
 
 def _statistics(data: RunData, stats: dict) -> Table:
     named = [(name.removeprefix("num "), value) for name, value in flatten(stats)]
-    printed = paper.DATA_STATISTICS.get(data.data_set or "")
+    own = data.config.method in CSJ_METHODS
+    printed = (paper.CSJ_STATISTICS if own else paper.DATA_STATISTICS).get(data.data_set or "")
     if not printed:
         return Table(["", ""], [[name, plain(value)] for name, value in named])
     rows = [[name, plain(value), plain(printed[name]) if name in printed else ""] for name, value in named]
-    return Table(["", "this run", "paper, Table 2"], rows)
+    return Table(["", "this run", "CSJ-ID paper, 4.1" if own else "paper, Table 2"], rows)
 
 
 def stages_section(data: RunData) -> Section | None:

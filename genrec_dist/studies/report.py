@@ -15,6 +15,7 @@ from genrec_dist.artifacts.files import write_atomic
 from genrec_dist.config import WITHOUT_EVALUATION
 from genrec_dist.runs import RunFolder
 from genrec_dist.studies import process, results
+from genrec_dist.studies.identifier_section import identifiers_section
 from genrec_dist.studies.run_data import RunData
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -24,12 +25,24 @@ SECTIONS = (
     results.ranks_section,
     results.beam_section,
     process.training_section,
-    process.identifiers_section,
+    identifiers_section,
     process.embeddings_section,
     process.data_section,
     process.stages_section,
     process.settings_section,
 )
+
+
+def render(template: str, **values: object) -> str:
+    """One of the project's pages, with every value escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 def write_report(run: RunFolder) -> Path:
@@ -47,21 +60,15 @@ def write_report(run: RunFolder) -> Path:
     """
     data = RunData(run)
     sections = [section for build in SECTIONS if (section := build(data)) is not None]
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
+        kind="run report",
         name=run.path.name,
         protocol=results.protocol(data),
         tiles=results.headline_tiles(data),
         finished=data.main is not None or data.config.method in WITHOUT_EVALUATION,
         sections=sections,
         started=data.provenance.get("started", ""),
-        version=__version__,
     )
     path = run.path / "report.html"
     write_atomic(path, page.encode("utf-8"))

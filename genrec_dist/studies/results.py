@@ -19,18 +19,20 @@ from genrec_dist.studies.blocks import (
 )
 from genrec_dist.studies.run_data import RunData
 
+CSJ_METHODS = {"csj_id": "csj_id", "semantic_id": "semantic_only"}
+"""Methods of the CSJ-ID paper, by their name in its table."""
 HEADLINE = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 ORDER_NOTES = {
     "time": (
-        "Order: time. Interactions are sorted by timestamp, then item id, as in most published work. The paper does "
-        "not state its order; it takes its baselines from EAGER, whose public code zeroes the Amazon timestamps, "
+        "Order: time. Interactions are sorted by timestamp, then item id, as in most published work. PRORec's paper "
+        "does not state its order; it takes its baselines from EAGER, whose public code zeroes the Amazon timestamps, "
         "which leaves the order of the file. The two orders give different numbers for the same model, so the "
-        "paper's row is context, not a like-for-like target."
+        "paper's rows are context, not a like-for-like target."
     ),
     "file": (
         "Order: file. Interactions are sorted by item id alone, which is what follows when timestamps are zeroed, as "
         "the public EAGER code does for Amazon. It is the easier order: do not compare these numbers with results "
-        "in order of time. The paper does not state which order its Table 3 used."
+        "in order of time. PRORec's paper does not state which order its Table 3 used."
     ),
 }
 
@@ -94,6 +96,9 @@ def comparison(data: RunData) -> Section | None:
         if method in printed:
             label = f"{method}, paper Table 3"
             entries.append({"label": label, "values": printed[method], "intervals": {}, "kind": "paper"})
+    own = _own_paper(data)
+    if own:
+        entries.append({"label": own[0], "values": own[1], "intervals": {}, "kind": "paper"})
     names = [n for n in HEADLINE if n in data.main["test"]] or list(data.main["test"])[:4]
     rows = [
         [e["label"]] + [Cell(number(e["values"].get(n)), interval(e["intervals"].get(n))) for n in names]
@@ -111,12 +116,22 @@ def comparison(data: RunData) -> Section | None:
         blocks.insert(0, Text(note))
     if printed:
         order = data.main.get("order") or data.config.catalog.order
-        blocks.append(Text(ORDER_NOTES[order] + _decoding_note(data.main), note=True))
+        note = f" Its own paper: {paper.CSJ_PROTOCOL}" if own else ""
+        blocks.append(Text(ORDER_NOTES[order] + note + _decoding_note(data.main), note=True))
     return Section("result", "Result", blocks)
 
 
 def _entry(label: str, metrics: dict, kind: str) -> dict:
     return {"label": label, "values": metrics["test"], "intervals": metrics.get("intervals") or {}, "kind": kind}
+
+
+def _own_paper(data: RunData) -> tuple[str, dict[str, float]] | None:
+    """What the CSJ-ID paper prints of a method of its own; it knows Beauty only."""
+    method = CSJ_METHODS.get(data.config.method)
+    if method is None or data.data_set != "beauty":
+        return None
+    label = "CSJ-ID" if method == "csj_id" else "Semantic-only"
+    return f"{label}, its own paper (4.2)", paper.CSJ_MAIN[method]
 
 
 def _sentences(data: RunData, printed: dict) -> list[str]:
@@ -129,7 +144,10 @@ def _sentences(data: RunData, printed: dict) -> list[str]:
         other = metrics["test"].get(name)
         if other:
             said.append(f"{value / other:.2f} × {reference.replace('_', ' ')} ({other:.4f})")
-    if "PRORec" in printed:
+    own = _own_paper(data)
+    if own:
+        said.append(f"{value / own[1][name]:.2f} × its own paper's ({own[1][name]:.4f}; see the note below)")
+    elif "PRORec" in printed:
         other = printed["PRORec"][name]
         said.append(f"{value / other:.2f} × the paper's PRORec ({other:.4f}; see the note on order below)")
     if data.oracle.get(name):

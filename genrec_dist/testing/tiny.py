@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from genrec_dist.catalog.dataset import NO_TIMESTAMP, Sequences
-from genrec_dist.config import GeneratorConfig, OptimConfig
+from genrec_dist.config import GeneratorConfig, GptConfig, OptimConfig
+from genrec_dist.generator.gpt import GptGenerator
 from genrec_dist.generator.model import Generator
 from genrec_dist.identifiers.trie import Trie, build_trie
 
@@ -124,6 +125,28 @@ def tiny_generator(trie: Trie, *, seed: int = 0, embedding_dim: int = 6, spread:
     )
     torch.manual_seed(seed)
     model = Generator(config, trie, torch.from_numpy(tiny_embeddings(trie.num_items, embedding_dim, seed=seed)))
+    if spread:
+        randomise(model, spread)
+    return model.eval()
+
+
+def tiny_gpt(trie: Trie, *, seed: int = 0, spread: float = 0.3, **settings) -> GptGenerator:
+    """A small decoder-only generator in eval mode; arguments as of `tiny_generator`."""
+    config = GptConfig(
+        **{
+            "dim": 8,
+            "num_heads": 2,
+            "num_layers": 2,
+            "ffn_multiplier": 2,
+            "dropout": 0.0,
+            "max_history": 6,
+            "head_temperature": 0.3,
+            "optim": tiny_optim(),
+        }
+        | settings
+    )
+    torch.manual_seed(seed)
+    model = GptGenerator(config, trie, torch.from_numpy(tiny_embeddings(trie.num_items, seed=seed)))
     if spread:
         randomise(model, spread)
     return model.eval()

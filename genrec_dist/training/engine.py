@@ -36,7 +36,8 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> None: ...
 
     def state(self) -> State:
-        """Parameters ('model/...'), moments ('exp_avg/...', 'exp_avg_sq/...') and 'step', on the CPU."""
+        """Parameters and persistent buffers ('model/...'), moments ('exp_avg/...', 'exp_avg_sq/...') and 'step', on the
+        CPU."""
 
     def load(self, state: State) -> None: ...
 
@@ -76,6 +77,12 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the model's state: what it learns without gradients."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: value for name, value in model.state_dict().items() if name not in parameters}
+
+
 class TorchEngine:
     """Plain PyTorch; gradients are averaged over the workers by one flat all-reduce."""
 
@@ -108,8 +115,17 @@ class TorchEngine:
         _load_torch_state(self.model, self.optimizer, state)
 
 
+def _buffer_state(model: nn.Module) -> State:
+    return {f"model/{name}": value.detach().cpu().clone() for name, value in _buffers(model).items()}
+
+
+def _load_buffers(model: nn.Module, state: State) -> None:
+    for name, value in _buffers(model).items():
+        value.copy_(state[f"model/{name}"])
+
+
 def _torch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    state: State = {}
+    state: State = _buffer_state(model)
     for name, p in _named(model):
         state[f"model/{name}"] = p.detach().cpu().clone()
         slot = optimizer.state.get(p)
@@ -121,6 +137,7 @@ def _torch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
 
 
 def _load_torch_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
+    _load_buffers(model, state)
     for name, p in _named(model):
         with torch.no_grad():
             p.copy_(state[f"model/{name}"])
@@ -191,7 +208,7 @@ class DeepSpeedEngine:
             return _torch_state(self.model, self._base)
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state: State = {}
+        state: State = _buffer_state(self.model)
         for name, p in _named(self.model):
             state[f"model/{name}"] = safe_get_full_fp32_param(p).detach().cpu().clone()
             for moment in MOMENTS:
@@ -205,6 +222,7 @@ class DeepSpeedEngine:
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        _load_buffers(self.model, state)
         for name, p in _named(self.model):
             with torch.no_grad():
                 p.copy_(state[f"model/{name}"])

@@ -1,7 +1,7 @@
 """The one train loop of the project.
 
 A task brings a model, an order of batches and a validation; the engine makes the step; the worker says who
-takes part. The loop owns schedule, logging, early stopping on validation NDCG@10, and checkpoints. Random
+takes part. The loop owns schedule, logging, early stopping (by default on validation NDCG@10), and checkpoints. Random
 numbers of a step are seeded by (seed, step, rank), so a checkpoint needs no generator state and a resumed run
 on CPU is bitwise the uninterrupted one.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +46,7 @@ class Task(Protocol):
         """This worker's part of a global batch, as the model reads it."""
 
     def validate(self, worker: Worker) -> dict[str, float]:
-        """Validation metrics, the same on every worker; must hold 'ndcg@10'."""
+        """Validation metrics, the same on every worker; must hold the one that decides."""
 
 
 @dataclass
@@ -96,9 +97,18 @@ class _Curves:
 
 
 def train(
-    task: Task, engine: Engine | ShardedEngine, config: OptimConfig, worker: Worker, context: StageContext, *, seed: int
+    task: Task,
+    engine: Engine | ShardedEngine,
+    config: OptimConfig,
+    worker: Worker,
+    context: StageContext,
+    *,
+    seed: int,
+    monitor: str = MONITOR,
+    after_step: Callable[[int], None] | None = None,
+    checkpoint_epochs: int = 1,
 ) -> dict:
-    """Train to the best validation NDCG@10.
+    """Train to the best validation metric.
 
     Args:
         task: model, data order, validation.
@@ -108,6 +118,9 @@ def train(
         context: stage context; checkpoints go to its scratch, curves.jsonl and model.safetensors to `out`. A sharded
             engine writes no model: the best parameters are in it at the end, on worker 0 and the others alike.
         seed: of dropout and negatives.
+        monitor: validation metric that decides, higher is better.
+        after_step: what else a step learns, given its number; on every worker, before any checkpoint of the step.
+        checkpoint_epochs: epochs between checkpoints, besides those by the clock.
 
     Returns:
         Summary: steps, best step, best validation metric, seconds, whether it stopped early.
@@ -131,6 +144,8 @@ def train(
         _accumulate(state, losses, len(indices), worker, state.step / per_epoch)
         rate = learning_rate(config, state.step, total)
         engine.step(rate)
+        if after_step is not None:
+            after_step(state.step)
         state.step += 1
         now = time.monotonic()
         state.seconds, clock = state.seconds + now - clock, now
@@ -146,11 +161,11 @@ def train(
                     best=round(max(state.best, 0), 5),
                 )
         if (epoch_end and (state.step // per_epoch) % config.evaluate_every == 0) or state.step == total:
-            best = _validate(task, engine, config, worker, state, best, curves, per_epoch)
+            best = _validate(task, engine, config, worker, state, best, curves, per_epoch, monitor)
         due = context.runtime.checkpoint_minutes and now - saved >= 60 * context.runtime.checkpoint_minutes
         if worker.world_size > 1:  # every worker must take part in gathering: worker 0's clock decides
             due = bool(worker.broadcast(torch.tensor(float(due), device=worker.device)).item())
-        if epoch_end or due:
+        if due or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
             state.curve_lines = curves.lines
             full = engine.state()
             _refuse_poison(full, state.step)
@@ -169,7 +184,7 @@ def train(
         "steps": state.step,
         "epochs": state.step / per_epoch,
         "best_step": state.best_step,
-        f"best_valid_{MONITOR}": state.best,
+        f"best_valid_{monitor}": state.best,
         "stopped_early": state.stopped,
         "seconds": round(state.seconds, 2),
     }
@@ -265,10 +280,11 @@ def _validate(
     best: State | None,
     curves: _Curves,
     per_epoch: int,
+    monitor: str,
 ) -> State | None:
     engine.model.eval()
     metrics = task.validate(worker)
-    if MONITOR not in metrics:
+    if monitor not in metrics:
         raise DataError(
             "no user has a validation item",
             where="validation",
@@ -276,8 +292,8 @@ def _validate(
             fix="loosen the k-core filter or check the source",
         )
     curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **metrics)
-    if metrics[MONITOR] > state.best or best is None:
-        state.best, state.best_step, state.waited = metrics[MONITOR], state.step, 0
+    if metrics[monitor] > state.best or best is None:
+        state.best, state.best_step, state.waited = metrics[monitor], state.step, 0
         if isinstance(engine, ShardedEngine):
             return engine.best()
         full = engine.state()

@@ -28,6 +28,7 @@ from genrec_dist.studies.sizes import (
     expected_codebook,
     fusion_size,
     generator_size,
+    gpt_size,
     lightgcn_size,
     sasrec_size,
     training_memory,
@@ -106,6 +107,11 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
                 generator_size(config.generator, codebook, counts.num_items, width),
                 counts.num_prefixes,
             )
+        elif section == "gpt":
+            codebook = codebook_size(config, counts, finished.get("identifiers"))
+            rows_of = max(counts.num_windows(config.gpt.max_history), 1)
+            mean = counts.num_prefixes / rows_of
+            sizes[section] = gpt_size(config.gpt, codebook, config.identifiers.rqvae.latent_dim, mean), rows_of
         else:
             rows_of = max(counts.num_windows(config.sasrec.max_history), 1)
             mean = counts.num_prefixes / rows_of

@@ -74,8 +74,9 @@ class GptTask:
     def __init__(self, model: GptGenerator, sequences: Sequences, worker: Worker, settings: dict) -> None:
         config = model.config
         self.model, self.config, self.settings = model, config, settings
+        optim = config.optim
         self.batches = RowBatches.build(
-            sequences, config.max_history, config.optim.batch_size, settings["seed"], worker.device
+            sequences, config.max_history, optim.batch_size, settings["seed"], worker.device, optim.length_buckets
         )
         self.order = self.batches.order
         self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)

@@ -95,7 +95,7 @@ def _build_rqvae(context: StageContext, settings: dict) -> None:
         tables.joint(config.rqvae.semantic_weight),
         {
             "before_collisions": resolved.report["before"],
-            "collisions": {k: v for k, v in resolved.report.items() if k != "before"}
+            "collision_handling": {k: v for k, v in resolved.report.items() if k != "before"}
             | {"after": resolved.report["after"]["coverage"]},
         },
     )

@@ -218,7 +218,7 @@ def _unique_row(data: StudyData, variant: Variant) -> Row:
             "items": data.fact(name, "quality.json", "num_items"),
             "unique_codes": data.fact(name, "quality.json", "before_collisions", "unique_codes"),
             "coverage": data.fact(name, "quality.json", "before_collisions", "coverage"),
-            "moved": data.fact(name, "quality.json", "collisions", "moved"),
-            "after": data.fact(name, "quality.json", "collisions", "after"),
+            "moved": data.fact(name, "quality.json", "collision_handling", "moved"),
+            "after": data.fact(name, "quality.json", "collision_handling", "after"),
         },
     )

@@ -79,7 +79,7 @@ def _learned(data: RunData) -> list[Block]:
 
 def _uniqueness(quality: dict) -> list[Block]:
     """Distinct code sequences before collisions were resolved, and after."""
-    before, resolved = quality.get("before_collisions"), quality.get("collisions")
+    before, resolved = quality.get("before_collisions"), quality.get("collision_handling")
     if not before or not isinstance(resolved, dict):
         return []
     rows = [

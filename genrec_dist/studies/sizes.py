@@ -17,6 +17,7 @@ import numpy as np
 from genrec_dist.config import (
     FusionConfig,
     GeneratorConfig,
+    GptConfig,
     IdentifierConfig,
     LightgcnConfig,
     OptimConfig,
@@ -91,14 +92,17 @@ class CodebookSize:
 
 
 def expected_codebook(config: IdentifierConfig, num_items: int) -> CodebookSize:
-    """Codebook of hierarchical k-means when clusters come out nearly equal; real ones are deeper where they do not.
+    """Codebook when codes of a level are used alike. Hierarchical k-means goes deeper where they are not.
 
     The widest node is taken as four times the mean one, unless the clustering is balanced.
     """
     branch = config.num_clusters
-    depth = 1
-    while branch**depth < num_items:
-        depth += 1
+    if config.tokenizer == "hierarchical_kmeans":
+        depth = 1
+        while branch**depth < num_items:
+            depth += 1
+    else:
+        depth = config.num_levels + (config.tokenizer == "rqvae" and config.collisions == "dedup")
     inner = [min(branch**level, num_items) for level in range(1, depth)]
     spread = 1 if config.balanced else 4
     widths = tuple(min(branch, num_items, spread * math.ceil(num_items / branch**level)) for level in range(depth))
@@ -218,6 +222,32 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
         flops += 2.0 * dim * width + 2.0 * width * (config.distill_negatives or num_items)
         values += 3.0 * candidates
     return ModelSize({k: v for k, v in parameters.items() if v}, constants, flops, values)
+
+
+def gpt_size(config: GptConfig, codebook: CodebookSize, width: int, mean_targets: float) -> ModelSize:
+    """Decoder-only generator with a loss at every position of a row.
+
+    Args:
+        config: gpt section.
+        codebook: trie of the items.
+        width: columns of the table that the child head starts from.
+        mean_targets: targets of a row; layers run over the padded row, heads over its own items.
+    """
+    dim, depth, multiplier, codes = config.dim, codebook.max_depth, config.ffn_multiplier, codebook.num_codes
+    child = config.head == "child"
+    places, items = config.max_history + 1, mean_targets + 1
+    scored = sum(codebook.widths)
+    parameters = {
+        "node embeddings": codebook.num_nodes * width if child else 0,
+        "inputs": depth * (codes + 1) * dim + depth * dim + places * dim + dim,
+        "layers": config.num_layers * encoder_layer_parameters(dim, multiplier) + 2 * dim,
+        "head": linear(dim, width) if child else depth * linear(dim, codes),
+    }
+    flops = config.num_layers * encoder_layer_flops(dim, multiplier, places * depth)
+    flops += items * (2.0 * depth * dim * width + 2.0 * width * scored if child else 2.0 * depth * dim * codes)
+    values = config.num_layers * _layer_values(dim, multiplier, config.num_heads, places * depth, places * depth)
+    values += items * (2.0 * width * sum(codebook.widths[1:]) + 3.0 * scored if child else 3.0 * depth * codes)
+    return ModelSize({k: v for k, v in parameters.items() if v}, {}, flops, values)
 
 
 def _sasrec_backbone(dim: int, max_history: int, num_layers: int) -> int:

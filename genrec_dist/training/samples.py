@@ -104,9 +104,9 @@ class RowSamples:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def gather(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One batch: history, targets (B, width) int64 and mask (B, width) bool, right-padded."""
-        offset = torch.arange(self.width, device=self.starts.device)
+    def gather(self, indices: torch.Tensor, width: int = 0) -> dict[str, torch.Tensor]:
+        """One batch: history, targets (B, width) int64 and mask (B, width) bool, right-padded; 0: the widest."""
+        offset = torch.arange(width or self.width, device=self.starts.device)
         position = self.starts[indices][:, None] + offset
         mask = offset < self.counts[indices][:, None]
         last = len(self.items) - 1

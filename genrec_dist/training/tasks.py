@@ -68,15 +68,19 @@ class RowBatches:
         self._items = self.samples.items.cpu().numpy()
 
     @classmethod
-    def build(cls, sequences: Sequences, width: int, batch_size: int, seed: int, device: torch.device) -> RowBatches:
-        """Windows of the train part in the order of `seed`."""
+    def build(
+        cls, sequences: Sequences, width: int, batch_size: int, seed: int, device: torch.device, buckets: int = 0
+    ) -> RowBatches:
+        """Windows of the train part in the order of `seed`; with buckets, of like length and cut to it."""
         samples = row_samples(sequences, width, device)
-        return cls(samples, BatchOrder(len(samples), batch_size, seed))
+        return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.counts.cpu().numpy(), buckets))
 
     def local(self, indices: np.ndarray, worker: Worker) -> dict:
         """This worker's rows and the global count of targets over the workers."""
-        mine = torch.from_numpy(local_part(indices, worker)).to(worker.device)
-        return self.samples.gather(mine) | {"count": float(self._counts[indices].sum()) / worker.world_size}
+        mine = local_part(indices, worker)
+        width = int(self._counts[mine].max(initial=1)) if self.order.buckets else self.samples.width
+        rows = self.samples.gather(torch.from_numpy(mine).to(worker.device), width)
+        return rows | {"count": float(self._counts[indices].sum()) / worker.world_size}
 
     def target_items(self, indices: np.ndarray) -> np.ndarray:
         """Target items of a global batch."""

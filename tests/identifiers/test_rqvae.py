@@ -219,8 +219,8 @@ def test_stage_leaves_unique_codes(tmp_path, folders, collisions) -> None:
     trie, quality = Trie.load(out), read_json(out / "quality.json")
     assert quality["unique_fraction"] == 1.0
     assert quality["before_collisions"]["coverage"] < 1.0
-    assert quality["collisions"]["method"] == collisions
-    assert quality["collisions"]["after"] == 1.0
+    assert quality["collision_handling"]["method"] == collisions
+    assert quality["collision_handling"]["after"] == 1.0
     assert trie.max_depth == (3 if collisions == "dedup" else 2)
     nearest = np.load(out / "scratch" / CODES)
     assert uniqueness(nearest)["coverage"] == quality["before_collisions"]["coverage"]

@@ -55,7 +55,7 @@ class FakeStudy:
             before = {"unique_codes": unique, "coverage": unique / 12000}
             resolved = {"method": "dedup", "moved": 12000 - unique, "after": 1.0}
             quality = {"num_items": 12000, "unique_fraction": 1.0, "mean_depth": 4.25}
-            write_json(out / "quality.json", quality | {"before_collisions": before, "collisions": resolved})
+            write_json(out / "quality.json", quality | {"before_collisions": before, "collision_handling": resolved})
 
         fake.add("identifiers", write)
 

@@ -32,7 +32,10 @@ def csj_run(root: Path, method: str = "csj_id", learned: bool = True) -> FakeRun
         write_embeddings(out, table)
         quality = codebook_quality(codes, depth, 20, table)
         if learned:
-            quality |= {"before_collisions": BEFORE, "collisions": {"method": "dedup", "moved": 60, "after": 1.0}}
+            quality |= {
+                "before_collisions": BEFORE,
+                "collision_handling": {"method": "dedup", "moved": 60, "after": 1.0},
+            }
             losses = {"semantic": 0.00125, "collaborative": 0.5, "total": 0.75}
             write_json(out / "rqvae.json", {"losses": losses, "explained": {"semantic": 0.625}})
         write_json(out / "quality.json", quality)

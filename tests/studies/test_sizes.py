@@ -10,7 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genrec_dist.baselines.sasrec import SasrecModel
 from genrec_dist.collaborative.fusion import FusionModel
-from genrec_dist.config import FusionConfig, GeneratorConfig, IdentifierConfig, OptimConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.config import (
+    FusionConfig,
+    GeneratorConfig,
+    GptConfig,
+    IdentifierConfig,
+    OptimConfig,
+    RuntimeConfig,
+    SasrecConfig,
+)
+from genrec_dist.generator.gpt import GptGenerator
 from genrec_dist.generator.model import Generator
 from genrec_dist.identifiers.trie import Trie, build_trie
 from genrec_dist.studies.sizes import (
@@ -21,6 +30,7 @@ from genrec_dist.studies.sizes import (
     expected_codebook,
     fusion_size,
     generator_size,
+    gpt_size,
     sasrec_size,
     training_memory,
 )
@@ -161,3 +171,22 @@ def test_zero_shards_what_its_stage_says(stage: int, gradients: int, optimiser: 
         "activations": 84,
     }
     assert training_memory(size, 3, RuntimeConfig(num_workers=4, zero_stage=stage), zero=False)["optimiser"] == 800
+
+
+@pytest.mark.parametrize("head", ["per_level", "child"])
+def test_gpt_size_is_that_of_the_model(trie: Trie, head: str) -> None:
+    config = GptConfig(dim=16, num_heads=4, num_layers=3, ffn_multiplier=2, head=head, max_history=HISTORY)
+    model = GptGenerator(config, trie, torch.randn(NUM_ITEMS, 20))
+    size = gpt_size(config, size_of(trie), 20, mean_targets=HISTORY)
+    assert size.num_parameters == trainable(model)
+    history = torch.arange(BATCH * HISTORY).view(BATCH, HISTORY) % NUM_ITEMS
+    batch = {"history": history, "targets": (history + 1) % NUM_ITEMS, "mask": torch.ones_like(history).bool()}
+    measured = measured_flops(model, batch | {"count": float(BATCH * HISTORY)})
+    assert size.forward_flops == pytest.approx(measured, rel=0.02)
+
+
+def test_codebooks_of_fixed_depth() -> None:
+    rqvae = expected_codebook(IdentifierConfig(tokenizer="rqvae", num_clusters=256, num_levels=4), 12_101)
+    assert (rqvae.max_depth, rqvae.num_codes) == (5, 256)
+    random = expected_codebook(IdentifierConfig(tokenizer="random", num_clusters=256, num_levels=4), 12_101)
+    assert random.max_depth == 4

@@ -146,3 +146,22 @@ def test_negatives_are_a_function_of_the_batch():
     assert draw(0, first) != draw(1, first)
     many = np.bincount(uniform_negatives(10, 20_000, 0, first, CPU).numpy(), minlength=10)
     assert many.min() > 1800
+
+
+def test_rows_of_like_length_are_cut_and_lose_nothing():
+    sequences = tiny_sequences(60, 30, seed=2, longest=12)
+    whole = RowBatches.build(sequences, 8, 8, 0, torch.device("cpu"))
+    cut = RowBatches.build(sequences, 8, 8, 0, torch.device("cpu"), buckets=3)
+
+    def targets(batches: RowBatches) -> tuple[list[int], int]:
+        found, places = [], 0
+        for step in range(batches.order.steps_per_epoch):
+            rows = batches.local(batches.order.batch(step), Worker())
+            assert rows["mask"].any(0).all() or not batches.order.buckets
+            found += rows["targets"][rows["mask"]].tolist()
+            places += rows["mask"].numel()
+        return sorted(found), places
+
+    (all_targets, all_places), (cut_targets, cut_places) = targets(whole), targets(cut)
+    assert cut_targets == all_targets
+    assert cut_places < 0.8 * all_places

@@ -28,10 +28,11 @@ class KMeansResult:
     objective: list[float]
 
 
-def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances, (n, k) float32, never negative."""
+def squared_distances(points: np.ndarray, centroids: np.ndarray, squares: np.ndarray | None = None) -> np.ndarray:
+    """Squared Euclidean distances, (n, k) float32, never negative; `squares` are the points' own, where known."""
     cross = points @ centroids.T
-    out = (points**2).sum(1)[:, None] - 2.0 * cross + (centroids**2).sum(1)[None]
+    own = (points**2).sum(1) if squares is None else squares
+    out = own[:, None] - 2.0 * cross + (centroids**2).sum(1)[None]
     return np.maximum(out, 0.0, out=out)
 
 
@@ -51,7 +52,8 @@ def plus_plus_start(points: np.ndarray, k: int, rng: np.random.Generator) -> np.
     """k-means++ seeding (Arthur and Vassilvitskii, 2007), (k, dim) float32."""
     centroids = np.empty((k, points.shape[1]), np.float32)
     centroids[0] = points[rng.integers(len(points))]
-    nearest = squared_distances(points, centroids[:1])[:, 0].astype(np.float64)
+    squares = (points**2).sum(1)
+    nearest = squared_distances(points, centroids[:1], squares)[:, 0].astype(np.float64)
     for i in range(1, k):
         total = nearest.sum()
         if total <= 0:  # fewer distinct points than clusters
@@ -59,7 +61,7 @@ def plus_plus_start(points: np.ndarray, k: int, rng: np.random.Generator) -> np.
             continue
         pick = np.searchsorted(np.cumsum(nearest), rng.random() * total, side="right")
         centroids[i] = points[min(pick, len(points) - 1)]
-        np.minimum(nearest, squared_distances(points, centroids[i : i + 1])[:, 0], out=nearest)
+        np.minimum(nearest, squared_distances(points, centroids[i : i + 1], squares)[:, 0], out=nearest)
     return centroids
 
 

@@ -7,9 +7,6 @@ items left out, as the collaborative-filtering literature does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,7 +21,7 @@ from genrec_dist.graph.exchange import fetch_rows, request_rows
 from genrec_dist.graph.layout import Partition, places_of_rows
 from genrec_dist.graph.stage import Partitions
 from genrec_dist.pipeline import Stage, StageContext
-from genrec_dist.training.worker import Worker
+from genrec_dist.training.worker import Worker, exact_products
 
 ITEM_BLOCK = 8192
 USER_BLOCK = 2048
@@ -92,17 +89,6 @@ def owned_user_ranks(
                 better[1, part] += beats.sum(1)
     plain, masked = (better + 1).cpu().numpy()
     return plain, masked
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Matrix products in full float32: TF32 has too few digits to rank a catalog."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _seen(partition: Partition, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

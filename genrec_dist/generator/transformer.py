@@ -111,8 +111,8 @@ class FeedForward(nn.Sequential):
         )
 
 
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, residual, pre-norm."""
+class _SelfAttentionLayer(nn.Module):
+    """Self-attention and feed-forward, residual, pre-norm; subclasses say what attends to what."""
 
     def __init__(self, dim: int, num_heads: int, multiplier: int, dropout: float) -> None:
         super().__init__()
@@ -122,10 +122,17 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(dim, multiplier, dropout)
         self.dropout = nn.Dropout(dropout)
 
+    def _rest(self, x_BQD: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x_BQD = x_BQD + self.dropout(attended)
+        return x_BQD + self.dropout(self.ffn(self.ffn_norm(x_BQD)))
+
+
+class EncoderLayer(_SelfAttentionLayer):
+    """Every place attends to all places that the mask allows."""
+
     def forward(self, x_BSD: torch.Tensor, mask: torch.Tensor | None, causal: bool = False) -> torch.Tensor:
         normed = self.attention_norm(x_BSD)
-        x_BSD = x_BSD + self.dropout(self.attention(normed, self.attention.project(normed), mask, causal))
-        return x_BSD + self.dropout(self.ffn(self.ffn_norm(x_BSD)))
+        return self._rest(x_BSD, self.attention(normed, self.attention.project(normed), mask, causal))
 
 
 class DecoderLayer(nn.Module):
@@ -179,16 +186,8 @@ class DecoderLayer(nn.Module):
         return x_BQD + self.dropout(self.ffn(self.ffn_norm(x_BQD))), (key, value)
 
 
-class CausalLayer(nn.Module):
-    """Causal self-attention and feed-forward, residual, pre-norm, over a whole sequence or behind a shared prefix."""
-
-    def __init__(self, dim: int, num_heads: int, multiplier: int, dropout: float) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads, dropout)
-        self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn = FeedForward(dim, multiplier, dropout)
-        self.dropout = nn.Dropout(dropout)
+class CausalLayer(_SelfAttentionLayer):
+    """Causal, over a whole sequence or behind a shared prefix."""
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, KeyValue]:
         """States of a sequence from its start, and the keys and values that later places need.
@@ -213,10 +212,6 @@ class CausalLayer(nn.Module):
         if cache is not None:
             key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
         return self._rest(x_BQD, self.attention.behind(normed, prefix, prefix_mask, (key, value), beams)), (key, value)
-
-    def _rest(self, x_BQD: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        x_BQD = x_BQD + self.dropout(attended)
-        return x_BQD + self.dropout(self.ffn(self.ffn_norm(x_BQD)))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from genrec_dist.pipeline import StageContext
 from genrec_dist.training.engine import TorchEngine
 from genrec_dist.training.loop import local_part, train
 from genrec_dist.training.order import BatchOrder, permute
-from genrec_dist.training.worker import Worker
+from genrec_dist.training.worker import Worker, exact_products
 
 MONITOR = "explained"
 BLOCK_ROWS = 1 << 14
@@ -115,17 +114,6 @@ class RqvaeTask:
 def _blocks(count: int) -> Iterator[np.ndarray]:
     for start in range(0, count, BLOCK_ROWS):
         yield np.arange(start, min(start + BLOCK_ROWS, count))
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Full float32 matrix products on GPUs: a code is a choice between near equals."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def train_rqvae(worker: Worker, context: StageContext, settings: dict) -> None:

@@ -57,13 +57,15 @@ def embed_with_ray(ctx: StageContext, job: EmbedJob, pending: list[int]) -> tupl
 
         run = run_ray_llm
     done: list[dict] = []
-    failures = 0
+    failures, others = 0, pool_actors()
     while pending:
         try:
             done += run(job, pending, workers, min(threads, cores), gpus)
+            end_actors(ray, others)
         except Exception as error:
             cause = find_typed(error)
             _let_go(error)
+            end_actors(ray, others)
             left = pending_shards(job.out, job.num_items, job.rows_per_shard)
             failures = 0 if len(left) < len(pending) else failures + 1
             if cause is not None or failures > runtime.max_failures:
@@ -75,16 +77,32 @@ def embed_with_ray(ctx: StageContext, job: EmbedJob, pending: list[int]) -> tupl
 
 
 def _let_go(error: BaseException) -> None:
-    """Log a failed run and drop what its frames hold.
-
-    Ray Data ends the actors of a failed run by forgetting them. As long as a frame of the traceback, or a cycle that
-    nobody has collected yet, refers to them, they keep their cores, and the next run waits for these for ever.
-    """
+    """Log a failed run and drop what its frames hold."""
     logging.getLogger(__name__).error("a run of the embedding workers failed", exc_info=error)
     for one in error_chain(error):
         traceback.clear_frames(one.__traceback__)
         one.__traceback__ = None
     gc.collect()
+
+
+def pool_actors() -> list[Any]:
+    """Handles of Ray Data's pool workers that this process still has."""
+    from ray.actor import ActorHandle
+
+    handles = [one for one in gc.get_objects() if type(one) is ActorHandle]
+    return [handle for handle in handles if repr(handle).startswith("Actor(MapWorker(")]
+
+
+def end_actors(ray: Any, but: list[Any]) -> None:
+    """Kill pool workers that a run left, except those that were there before it.
+
+    Ray Data ends its actors by forgetting them. As long as a frame of a traceback, a cycle that nobody has collected
+    yet, or one of Ray Data's own threads refers to them, they keep their cores, and the next run waits for ever.
+    """
+    before = {repr(handle) for handle in but}
+    for handle in pool_actors():
+        if repr(handle) not in before:
+            ray.kill(handle)
 
 
 def _run_pool(job: EmbedJob, pending: list[int], workers: int, cores: int, gpus: float) -> list[dict]:

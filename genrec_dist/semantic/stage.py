@@ -86,8 +86,10 @@ def _stage_settings(settings: SemanticConfig) -> dict:
     if settings.engine != "precomputed":
         source = resolve_model(settings)
         values |= {"pooling": source.pooling, "revision": source.revision}
-        if source.is_local:
-            values["model"] = "minilm" if settings.model == "minilm" else "local folder"
+        if settings.model == "minilm" and settings.revision is None:  # the same weights, from the package or the hub
+            values["revision"] = None
+        elif source.is_local:
+            values["model"] = "local folder"
     return values
 
 

@@ -6,6 +6,8 @@ Ray Train, torchrun or a plain call can supply it, so the same loop runs in all 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -90,3 +92,14 @@ def setup_torch(worker: Worker, threads: int) -> None:
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)
         torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products in full float32: TF32 has too few digits to rank a catalog or to choose between near codes."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from genrec_dist.artifacts.reader import EmbeddingStore
 from genrec_dist.config import RuntimeConfig, SemanticConfig
 from genrec_dist.errors import ClusterError
 from genrec_dist.pipeline import StageContext
+from genrec_dist.semantic.ray_workers import end_actors, pool_actors
 from genrec_dist.semantic.stage import embed_catalog
 from genrec_dist.testing.tiny_engine import SlowTinyEmbedder, TinyEmbedder, tiny_vector
 
@@ -192,3 +195,26 @@ def test_a_full_disk_loses_nothing(tmp_path, tiny, small_disk, runtime, request)
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     embed_catalog(ctx, settings)
     check(ctx.out, titles, {})
+
+
+def test_a_failed_run_gives_its_cores_back(ray_session):
+    """Even while something still refers to its actors, as a thread of Ray Data may; what was there before stays."""
+    from ray.data import ActorPoolStrategy, from_items
+
+    class Failing:
+        def __call__(self, batch):
+            raise ValueError("cannot embed")
+
+    gc.collect()
+    free, before = ray_session.available_resources()["CPU"], pool_actors()
+    with pytest.raises(Exception, match="cannot embed"):
+        from_items([{"shard": 0}]).map_batches(Failing, compute=ActorPoolStrategy(size=1), num_cpus=1).take_all()
+    kept = pool_actors()
+    assert len(kept) > len(before)
+    end_actors(ray_session, kept)
+    assert len(pool_actors()) == len(kept)
+    end_actors(ray_session, before)
+    deadline = time.monotonic() + 30
+    while ray_session.available_resources().get("CPU", 0) < free and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray_session.available_resources()["CPU"] == free

@@ -363,3 +363,12 @@ def test_error_of_a_ray_worker_keeps_its_type(tmp_path, ray_session):
     with pytest.raises(ConfigError, match="cannot be loaded") as caught:
         run_stage(tmp_path, config, TITLES)
     assert "Traceback" not in str(caught.value)
+
+
+def test_packaged_weights_are_found_where_the_package_is_not(monkeypatch) -> None:
+    """An artifact made with the package serves a machine without it, as long as nobody names another revision."""
+    catalog = Stage("catalog", 1, {}, {}, lambda _: None)
+    with_package = semantic_stage(Config(), catalog).key
+    other = semantic_stage(Config(semantic={"revision": "0" * 40}), catalog).key
+    monkeypatch.setattr("genrec_dist.semantic.encoders.packaged_minilm", lambda: None)
+    assert semantic_stage(Config(), catalog).key == with_package != other

@@ -122,6 +122,11 @@ class OptimConfig(Section):
     )
 
 
+def _check_heads(section: str, dim: int, num_heads: int) -> None:
+    if dim % num_heads:
+        raise ValueError(f"{section}.dim {dim} must be a multiple of num_heads {num_heads}")
+
+
 class FusionConfig(Section):
     """PRORec Stage I: sequence backbone, modality adaption layer, alignment."""
 
@@ -156,8 +161,7 @@ class FusionConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> FusionConfig:
-        if self.dim % self.num_heads:
-            raise ValueError(f"fusion.dim {self.dim} must be a multiple of num_heads {self.num_heads}")
+        _check_heads("fusion", self.dim, self.num_heads)
         if self.attention == "mlp" and self.loss == "full_softmax":
             raise ValueError(
                 "fusion.attention 'mlp' scores every candidate with its own MLP: use loss 'sampled_softmax'"
@@ -312,8 +316,7 @@ class GeneratorConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> GeneratorConfig:
-        if self.dim % self.num_heads:
-            raise ValueError(f"generator.dim {self.dim} must be a multiple of num_heads {self.num_heads}")
+        _check_heads("generator", self.dim, self.num_heads)
         return self
 
 
@@ -336,8 +339,7 @@ class GptConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> GptConfig:
-        if self.dim % self.num_heads:
-            raise ValueError(f"gpt.dim {self.dim} must be a multiple of num_heads {self.num_heads}")
+        _check_heads("gpt", self.dim, self.num_heads)
         return self
 
 

@@ -13,6 +13,7 @@ from genrec_dist.artifacts.embeddings import EmbeddingWriter, shard_rows
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.config import IdentifierConfig
 from genrec_dist.identifiers.collisions import uniqueness
+from genrec_dist.identifiers.quantizer import Quantized
 from genrec_dist.identifiers.rqvae import RqVae
 from genrec_dist.identifiers.tables import Tables
 from genrec_dist.pipeline import StageContext
@@ -68,6 +69,13 @@ class RqvaeTask:
         """Encoder outputs of items, (n, D)."""
         return self.model.encode(self.model.standardise(self.tables.rows(items)))
 
+    def code(self, items: np.ndarray) -> tuple[torch.Tensor, Quantized, dict[str, torch.Tensor]]:
+        """Encoder outputs of items, what they become, and each decoder's squared errors."""
+        standardised = self.model.standardise(self.tables.rows(items))
+        hidden = self.model.encode(standardised)
+        found = self.model.quantizer(hidden)
+        return hidden, found, self.model.errors(found.values, standardised)
+
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
         self._indices = indices
         rows = self.tables.rows(local_part(indices, worker))
@@ -98,12 +106,10 @@ class RqvaeTask:
         model, count = self.model, min(self.tables.num_items, VALIDATION_ITEMS)
         codes = torch.zeros(count, self.config.num_levels, dtype=torch.int64, device=worker.device)
         errors = torch.zeros(len(model.names), dtype=torch.float64, device=worker.device)
-        for block in list(_blocks(count))[worker.rank :: worker.world_size]:
-            standardised = model.standardise(self.tables.rows(block))
-            found = model.quantizer(model.encode(standardised))
+        for block in list(_blocks(0, count))[worker.rank :: worker.world_size]:
+            _, found, parts = self.code(block)
             codes[block[0] : block[-1] + 1] = found.codes
-            parts = model.errors(found.values, standardised).values()
-            errors += torch.stack([part.double().mean(1).sum() for part in parts])
+            errors += torch.stack([part.double().mean(1).sum() for part in parts.values()])
         shares = 1.0 - worker.sum(errors).cpu().numpy() / count
         explained = dict(zip(model.names, shares.tolist()))
         metrics = {MONITOR: sum(model.weights[name] * share for name, share in explained.items())}
@@ -111,9 +117,9 @@ class RqvaeTask:
         return metrics | {"unique": uniqueness(worker.sum(codes).cpu().numpy())["coverage"]}
 
 
-def _blocks(count: int) -> Iterator[np.ndarray]:
-    for start in range(0, count, BLOCK_ROWS):
-        yield np.arange(start, min(start + BLOCK_ROWS, count))
+def _blocks(start: int, end: int) -> Iterator[np.ndarray]:
+    for first in range(start, end, BLOCK_ROWS):
+        yield np.arange(first, min(first + BLOCK_ROWS, end))
 
 
 def train_rqvae(worker: Worker, context: StageContext, settings: dict) -> None:
@@ -163,14 +169,11 @@ def write_codes(task: RqvaeTask, worker: Worker, out: Path, scratch: Path) -> di
     for shard in range(worker.rank, writer.num_shards, worker.world_size):
         start, end = shard_rows(shard, num_items, writer.rows_per_shard)
         latent = []
-        for first in range(start, end, BLOCK_ROWS):
-            items = np.arange(first, min(first + BLOCK_ROWS, end))
-            standardised = model.standardise(task.tables.rows(items))
-            hidden = model.encode(standardised)
-            found = model.quantizer(hidden)
+        for items in _blocks(start, end):
+            hidden, found, errors = task.code(items)
             codes[items[0] : items[-1] + 1] = found.codes.int().cpu()
             latent.append(hidden.cpu().numpy())
-            for name, error in model.errors(found.values, standardised).items():
+            for name, error in errors.items():
                 raw = (error * scales[name].square()).double().mean(1).sum()
                 sums[name] += torch.stack([error.double().mean(1).sum(), raw])
             sums["commit"] += found.commit.double().sum()

@@ -179,6 +179,11 @@ def packaged_minilm() -> Path | None:
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
+def names_package(settings: SemanticConfig) -> bool:
+    """True when the packaged model is meant: the same weights come from the package or, without it, from the hub."""
+    return settings.model == "minilm" and settings.revision is None
+
+
 def model_fingerprint(settings: SemanticConfig) -> str | None:
     """Hash that changes when a local model's files change; a hub id's revision; None where that is not fixed.
 
@@ -191,7 +196,7 @@ def model_fingerprint(settings: SemanticConfig) -> str | None:
     """
     if settings.engine == "precomputed":
         return _fingerprint([Path(settings.model).expanduser()])
-    if settings.model == "minilm" and settings.revision is None:
+    if names_package(settings):
         return "all-MiniLM-L6-v2"
     source = resolve_model(settings)
     if not source.is_local:

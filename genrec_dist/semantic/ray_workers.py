@@ -12,13 +12,13 @@ import gc
 import logging
 import os
 import time
-import traceback
+from collections.abc import Collection
 from typing import Any
 
 from genrec_dist.artifacts.embeddings import pending_shards
 from genrec_dist.cluster import ensure_ray, quiet_ray_data
 from genrec_dist.config import RuntimeConfig
-from genrec_dist.errors import ClusterError, error_chain, find_typed
+from genrec_dist.errors import ClusterError, find_typed
 from genrec_dist.pipeline import StageContext
 from genrec_dist.semantic.worker import EmbedJob, ShardEmbedder
 
@@ -57,15 +57,16 @@ def embed_with_ray(ctx: StageContext, job: EmbedJob, pending: list[int]) -> tupl
 
         run = run_ray_llm
     done: list[dict] = []
-    failures, others = 0, pool_actors()
+    failures, others = 0, set(pool_actors())
     while pending:
         try:
-            done += run(job, pending, workers, min(threads, cores), gpus)
-            end_actors(ray, others)
+            try:
+                done += run(job, pending, workers, min(threads, cores), gpus)
+            finally:
+                end_actors(ray, others)
         except Exception as error:
             cause = find_typed(error)
-            _let_go(error)
-            end_actors(ray, others)
+            logging.getLogger(__name__).error("a run of the embedding workers failed", exc_info=error)
             left = pending_shards(job.out, job.num_items, job.rows_per_shard)
             failures = 0 if len(left) < len(pending) else failures + 1
             if cause is not None or failures > runtime.max_failures:
@@ -76,32 +77,26 @@ def embed_with_ray(ctx: StageContext, job: EmbedJob, pending: list[int]) -> tupl
     return workers, done
 
 
-def _let_go(error: BaseException) -> None:
-    """Log a failed run and drop what its frames hold."""
-    logging.getLogger(__name__).error("a run of the embedding workers failed", exc_info=error)
-    for one in error_chain(error):
-        traceback.clear_frames(one.__traceback__)
-        one.__traceback__ = None
-    gc.collect()
-
-
-def pool_actors() -> list[Any]:
-    """Handles of Ray Data's pool workers that this process still has."""
+def pool_actors() -> dict[str, Any]:
+    """Handles of Ray Data's pool workers that this process still has, by what they are called."""
     from ray.actor import ActorHandle
 
-    handles = [one for one in gc.get_objects() if type(one) is ActorHandle]
-    return [handle for handle in handles if repr(handle).startswith("Actor(MapWorker(")]
+    handles = {repr(one): one for one in gc.get_objects() if type(one) is ActorHandle}
+    return {name: handle for name, handle in handles.items() if name.startswith("Actor(MapWorker(")}
 
 
-def end_actors(ray: Any, but: list[Any]) -> None:
+def end_actors(ray: Any, but: Collection[str]) -> None:
     """Kill pool workers that a run left, except those that were there before it.
 
     Ray Data ends its actors by forgetting them. As long as a frame of a traceback, a cycle that nobody has collected
     yet, or one of Ray Data's own threads refers to them, they keep their cores, and the next run waits for ever.
+
+    Args:
+        ray: the module.
+        but: names of workers that stay. Names, because a handle that is kept would keep its actor.
     """
-    before = {repr(handle) for handle in but}
-    for handle in pool_actors():
-        if repr(handle) not in before:
+    for name, handle in pool_actors().items():
+        if name not in but:
             ray.kill(handle)
 
 

@@ -35,7 +35,7 @@ from genrec_dist.artifacts.reader import EmbeddingStore
 from genrec_dist.config import Config, SemanticConfig
 from genrec_dist.errors import ConfigError, DataError, FailedRowsError
 from genrec_dist.pipeline import Stage, StageContext
-from genrec_dist.semantic.encoders import model_fingerprint, model_shape, resolve_model
+from genrec_dist.semantic.encoders import model_fingerprint, model_shape, names_package, resolve_model
 from genrec_dist.semantic.reuse import build_index, find_sources
 from genrec_dist.semantic.text import parse_template
 from genrec_dist.semantic.worker import EmbedJob, ShardEmbedder
@@ -86,7 +86,7 @@ def _stage_settings(settings: SemanticConfig) -> dict:
     if settings.engine != "precomputed":
         source = resolve_model(settings)
         values |= {"pooling": source.pooling, "revision": source.revision}
-        if settings.model == "minilm" and settings.revision is None:  # the same weights, from the package or the hub
+        if names_package(settings):
             values["revision"] = None
         elif source.is_local:
             values["model"] = "local folder"

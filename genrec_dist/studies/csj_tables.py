@@ -23,7 +23,7 @@ from genrec_dist.studies.ordering import Claim, judge
 from genrec_dist.studies.results import metric_label
 from genrec_dist.studies.study_data import Pooled, StudyData, Variant
 from genrec_dist.studies.study_page import StudyPage
-from genrec_dist.studies.study_plots import Line, sweep
+from genrec_dist.studies.study_plots import Line, pooled_line, sweep
 
 PAIR = ("csj_id", "semantic_only")
 LOSSES = ("semantic", "collaborative", "total")
@@ -53,7 +53,7 @@ def csj_main(data: StudyData) -> StudyPage:
         blocks.insert(0, Figure(plots.headline(entries([*ours, *references, *printed]), shown, oracle)))
     blocks += _stronger(data, references)
     blocks.append(Text(MAIN_NOTE, note=True))
-    return StudyPage(verdict, [grid], [Section("result", "Main result", blocks), *_seeds(grid)])
+    return StudyPage(verdict, [grid], [Section("result", "Main result", blocks), *grid.seed_sections()])
 
 
 def _gain(above: Pooled | None, below: Pooled | None) -> float | None:
@@ -69,11 +69,6 @@ def _stronger(data: StudyData, references: list[Row]) -> list[Block]:
         return []
     listed = ", ".join(f"{label} ({number(value)})" for label, value in above)
     return [Text(f"In the same harness CSJ-ID's Recall@10 ({number(own.mean)}) is below that of {listed}.")]
-
-
-def _seeds(grid: Grid) -> list[Section]:
-    table = grid.by_seed()
-    return [Section(f"seeds-{grid.name}", "Each seed", [table])] if table else []
 
 
 def csj_lambda(data: StudyData) -> StudyPage:
@@ -111,7 +106,7 @@ def csj_lambda(data: StudyData) -> StudyPage:
     if balance:
         blocks.insert(0, Text(balance))
     facts = {"balance": balance} if balance else {}
-    return StudyPage(verdict, [grid], [Section("losses", "Losses by λ", blocks), *_seeds(grid)], facts)
+    return StudyPage(verdict, [grid], [Section("losses", "Losses by λ", blocks), *grid.seed_sections()], facts)
 
 
 def weight_of(variant: Variant) -> float:
@@ -144,13 +139,11 @@ def _lambda_row(data: StudyData, variant: Variant, recall: Pooled | None) -> Row
 
 
 def _lines(grid: Grid, ours: str, printed: str) -> list[Line]:
-    own = {i: row.values[ours] for i, row in enumerate(grid.rows) if isinstance(row.values[ours], Pooled)}
-    pooled = {i: value for i, value in own.items() if isinstance(value, Pooled)}
-    bounds = {i: value.spread for i, value in pooled.items() if value.spread}
+    pooled = {i: value for i, row in enumerate(grid.rows) if isinstance(value := row.values[ours], Pooled)}
     theirs = {i: row.values[printed] for i, row in enumerate(grid.rows)}
     lines = [Line("paper", {i: v for i, v in theirs.items() if isinstance(v, float)}, paper=True)]
     if pooled:
-        lines.insert(0, Line("this study", {i: v.mean for i, v in pooled.items()}, bounds))
+        lines.insert(0, pooled_line("this study", pooled))
     return lines
 
 
@@ -202,7 +195,9 @@ def csj_unique(data: StudyData) -> StudyPage:
         f"Beauty; its counts are approximate, what it does with collisions is not said. {bounds_note(data, False)}"
     ).strip()
     grid = Grid("unique", "", columns, [row for row in rows if any(row.values.values())], caption, True)
-    return StudyPage(verdict, [grid], [Section("unique", "Uniqueness of the codes", [grid.table()]), *_seeds(grid)])
+    return StudyPage(
+        verdict, [grid], [Section("unique", "Uniqueness of the codes", [grid.table()]), *grid.seed_sections()]
+    )
 
 
 def _count(value: float) -> str:

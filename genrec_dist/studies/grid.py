@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from genrec_dist.studies.blocks import NONE, Cell, Table, number
+from genrec_dist.studies.blocks import NONE, Cell, Section, Table, number
 from genrec_dist.studies.study_data import Pooled, StudyData
 
 OURS, PAPER, REFERENCE, DERIVED = "this study", "paper", "reference", "difference"
@@ -117,6 +117,11 @@ class Grid:
             }
             for row in self.rows
         ]
+
+    def seed_sections(self) -> list[Section]:
+        """Section with each seed's numbers; none with one seed."""
+        table = self.by_seed()
+        return [Section(f"seeds-{self.name}", "Each seed", [table])] if table else []
 
     def by_seed(self) -> Table | None:
         """Each seed's numbers with their intervals; None with one seed."""

@@ -80,7 +80,7 @@ def _learned(data: RunData) -> list[Block]:
 def _uniqueness(quality: dict) -> list[Block]:
     """Distinct code sequences before collisions were resolved, and after."""
     before, resolved = quality.get("before_collisions"), quality.get("collision_handling")
-    if not before or not isinstance(resolved, dict):
+    if not before or not resolved:
         return []
     rows = [
         ["before collisions are resolved", plain(before["unique_codes"]), percent(before["coverage"], 2)],

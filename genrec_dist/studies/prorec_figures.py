@@ -19,9 +19,9 @@ from genrec_dist.studies.grid import (
 )
 from genrec_dist.studies.ordering import Claim, Verdict, judge
 from genrec_dist.studies.results import HEADLINE, metric_label
-from genrec_dist.studies.study_data import Pooled, StudyData
+from genrec_dist.studies.study_data import StudyData
 from genrec_dist.studies.study_page import StudyPage
-from genrec_dist.studies.study_plots import Line, sweep
+from genrec_dist.studies.study_plots import Line, pooled_line, sweep
 
 NAMED = ("recall@20", "ndcg@20")
 """Metrics that the text names."""
@@ -88,12 +88,7 @@ def _tokenizer_page(data: StudyData, verdict: Verdict, printed: list[Row], note:
         shown = _known(data, NAMED) or metrics[:2]
         oracle = data.any_run.oracle if data.any_run else {}
         blocks.insert(0, Figure(plots.headline(entries(grid.rows), shown, oracle)))
-    return StudyPage(verdict, [grid], [Section("tokenizers", "Tokenizers", blocks), *_seeds(grid)])
-
-
-def _seeds(grid: Grid) -> list[Section]:
-    table = grid.by_seed()
-    return [Section("seeds", "Each seed", [table])] if table else []
+    return StudyPage(verdict, [grid], [Section("tokenizers", "Tokenizers", blocks), *grid.seed_sections()])
 
 
 def clusters(data: StudyData) -> StudyPage:
@@ -115,11 +110,9 @@ def clusters(data: StudyData) -> StudyPage:
         panels = [(metric_label(name), [_line(data, name)]) for name in (names or metrics[:2])]
         blocks.insert(0, Figure(sweep(panels, ticks, "K, clusters of a level", "clusters")))
     blocks.append(Text("One K fits one number of items: 512 of 12,000 is not 512 of another catalog.", note=True))
-    return StudyPage(verdict, [grid], [Section("clusters", "Number of clusters", blocks), *_seeds(grid)])
+    return StudyPage(verdict, [grid], [Section("clusters", "Number of clusters", blocks), *grid.seed_sections()])
 
 
 def _line(data: StudyData, name: str) -> Line:
     found = {i: data.metric(variant.name, name) for i, variant in enumerate(data.variants)}
-    pooled: dict[int, Pooled] = {i: value for i, value in found.items() if value is not None}
-    bounds = {i: value.spread for i, value in pooled.items() if value.spread}
-    return Line("this study", {i: value.mean for i, value in pooled.items()}, bounds)
+    return pooled_line("this study", {i: value for i, value in found.items() if value is not None})

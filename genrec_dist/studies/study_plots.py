@@ -12,6 +12,7 @@ from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from genrec_dist.studies.plots import CLUSTERS, COLOURS, STYLE, WIDTH, new_figure, to_svg
+from genrec_dist.studies.study_data import Pooled
 
 GREY = "#8b929c"
 PALETTE = tuple(colour for colour in CLUSTERS if colour != GREY)
@@ -32,6 +33,12 @@ class Line:
     points: dict[int, float]
     bounds: dict[int, tuple[float, float]] = field(default_factory=dict)
     paper: bool = False
+
+
+def pooled_line(label: str, found: dict[int, Pooled]) -> Line:
+    """Means over the seeds with their bounds, by position."""
+    bounds = {i: value.spread for i, value in found.items() if value.spread}
+    return Line(label, {i: value.mean for i, value in found.items()}, bounds)
 
 
 def sweep(

@@ -206,7 +206,7 @@ def test_a_failed_run_gives_its_cores_back(ray_session):
             raise ValueError("cannot embed")
 
     gc.collect()
-    free, before = ray_session.available_resources()["CPU"], pool_actors()
+    free, before = ray_session.available_resources()["CPU"], set(pool_actors())
     with pytest.raises(Exception, match="cannot embed"):
         from_items([{"shard": 0}]).map_batches(Failing, compute=ActorPoolStrategy(size=1), num_cpus=1).take_all()
     kept = pool_actors()

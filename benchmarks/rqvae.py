@@ -21,20 +21,28 @@ import torch
 from genrec_dist.artifacts.reader import EmbeddingStore
 from genrec_dist.config import IdentifierConfig, RuntimeConfig
 from genrec_dist.identifiers.collisions import uniqueness
-from genrec_dist.identifiers.kmeans import assign
-from genrec_dist.identifiers.quantizer import residual_kmeans
+from genrec_dist.identifiers.crew import LocalCrew
+from genrec_dist.identifiers.kmeans import KMeansOptions
+from genrec_dist.identifiers.points import LocalPoints
+from genrec_dist.identifiers.residual import residual_kmeans
+from genrec_dist.identifiers.rows import ArrayRows
 from genrec_dist.identifiers.rqvae_training import CODES, train_rqvae
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.worker import Worker
 
 
-def ours(rows: np.ndarray, levels: int, clusters: int, iterations: int) -> tuple[np.ndarray, np.ndarray, dict]:
+def ours(
+    rows: np.ndarray, levels: int, clusters: int, iterations: int, threads: int
+) -> tuple[np.ndarray, np.ndarray, dict]:
     began = time.perf_counter()
-    books = residual_kmeans(rows, levels, clusters, iterations=iterations)
+    options = KMeansOptions(iterations=iterations)
+    books = residual_kmeans(ArrayRows(rows), levels, clusters, options=options, crew=LocalCrew(threads)).codebooks
     trained = time.perf_counter()
     left, codes = rows.copy(), []
     for table in books:
-        code, _ = assign(left, table)
+        points = LocalPoints(ArrayRows(left), threads)
+        points.assign(table)
+        code = points.labels()
         left -= table[code]
         codes.append(code)
     return left, np.stack(codes, 1), {"train": trained - began, "code": time.perf_counter() - trained}
@@ -73,7 +81,7 @@ def main() -> None:
     print(f"{rows.shape[0]:,} x {rows.shape[1]}, {args.levels} levels of {args.clusters}, {args.threads} threads")
     shape = (args.levels, args.clusters, args.iterations)
     variants = {
-        "ours": lambda: ours(rows, *shape),
+        "ours": lambda: ours(rows, *shape, args.threads),
         "faiss, beam 1": lambda: theirs(rows, *shape, 1),
         "faiss, beam 5": lambda: theirs(rows, *shape, 5),
     }

@@ -269,16 +269,21 @@ class RqvaeConfig(Section):
 class IdentifierConfig(Section):
     """Item embeddings -> one code sequence an item."""
 
-    tokenizer: Literal["hierarchical_kmeans", "rqvae", "random"] = "hierarchical_kmeans"
+    tokenizer: Literal["hierarchical_kmeans", "residual_kmeans", "rqvae", "random"] = "hierarchical_kmeans"
     num_clusters: int = Field(256, ge=2, description="K, codes of a level")
-    num_levels: int = Field(4, ge=1, description="L, levels of rqvae and random")
-    balanced: bool = Field(False, description="hierarchical_kmeans: equal-size clusters")
-    iterations: int = Field(30, ge=1, description="of k-means")
-    num_starts: int = Field(1, ge=1, description="of k-means")
+    num_levels: int = Field(4, ge=1, description="L, levels of residual_kmeans, rqvae and random")
+    balanced: bool = Field(False, description="k-means: clusters of equal size")
+    metric: Literal["euclidean", "cosine"] = Field("euclidean", description="of k-means; cosine: rows at length 1")
+    iterations: int = Field(30, ge=1, description="of k-means, at most")
+    tolerance: float = Field(1e-4, ge=0, lt=1, description="k-means ends when its objective falls by a smaller share")
+    num_starts: int = Field(1, ge=1, description="of k-means; the best counts")
+    start: Literal["auto", "plus_plus", "parallel"] = Field(
+        "auto", description="of k-means: k-means++, k-means||, or by the number of rows"
+    )
     collisions: Literal["dedup", "sinkhorn", "nearest_free"] = Field(
         "dedup",
-        description="rqvae, items that share a code: one more code (TIGER), or other codes by Sinkhorn within their "
-        "prefix, or the nearest code that is free",
+        description="rqvae and residual_kmeans, items that share a code: one more code (TIGER), or other codes by "
+        "Sinkhorn within their prefix, or the nearest code that is free",
     )
     rqvae: RqvaeConfig = RqvaeConfig()
 
@@ -434,6 +439,14 @@ class RuntimeConfig(Section):
         False,
         description="Stage I with user sequences and item tables sharded over graph partitions; with fusion.loss "
         "full_softmax every worker still gets the whole table with each batch",
+    )
+    resident_gib: float = Field(
+        4.0, ge=0, description="embedding rows that a k-means worker keeps in memory; more are read again in each pass"
+    )
+    task_mib: float = Field(
+        256.0,
+        ge=0,
+        description="embedding rows of a k-means subtree that one task takes; larger nodes go to all workers",
     )
     embed_executor: Literal["actors", "ray_data_llm"] = Field(
         "actors", description="actors: an engine in each Ray Data actor; ray_data_llm: Ray's own vLLM processor"

@@ -336,6 +336,27 @@ def data_import(
     import_file(file, folder, dtype.value, out())
 
 
+@data_app.command("extend")
+@guarded
+def data_extend(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A run, or a folder with codes (identifiers).", show_default=False)
+    ],
+    embeddings: Annotated[
+        str,
+        typer.Argument(metavar="EMBEDDINGS", help="A run, or a folder with the new items' rows.", show_default=False),
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the extended codes.", show_default=False)],
+    skip: Annotated[int, typer.Option("--skip", min=0, help="First rows, of items that have codes already.")] = 0,
+    stage: Annotated[str, typer.Option("--stage", help="Stage of the run that has the embeddings.")] = "semantic",
+    runs: RunsPath = RUNS,
+) -> None:
+    """Give new items codes in a tree of hierarchical k-means. No old code changes; nothing is trained."""
+    from launcher.codes import extend
+
+    extend(source, embeddings, folder, skip, stage, runs, out())
+
+
 @app.command()
 @guarded
 def doctor(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -105,28 +107,39 @@ def export(source: str, out: Path, stage: str, runs: Path, console: Console) -> 
     )
 
 
-def import_file(source: Path, out: Path, dtype: str, console: Console) -> None:
-    """Make an embedding artifact of a file.
+@contextmanager
+def new_folder(out: Path, stage: str, key: str) -> Iterator[Path]:
+    """A folder to fill, which becomes `out`, with checksums, when all went well, and is gone otherwise.
 
     Raises:
         ConfigError: `out` is there already and is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("output is not an empty folder", where="--out", got=out, fix="name a new folder")
-    from genrec_dist.artifacts.exchange import import_embeddings
-    from genrec_dist.artifacts.reader import EmbeddingStore
-
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
     try:
-        ledger = import_embeddings(source, building, dtype=dtype)  # type: ignore[arg-type]
-        write_manifest(building, {"stage": "imported", "key": source.name})
-        out.parent.mkdir(parents=True, exist_ok=True)
+        yield building
+        write_manifest(building, {"stage": stage, "key": key})
         if out.is_dir():
             out.rmdir()
         building.rename(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def import_file(source: Path, out: Path, dtype: str, console: Console) -> None:
+    """Make an embedding artifact of a file.
+
+    Raises:
+        ConfigError: `out` is there already and is not empty.
+    """
+    from genrec_dist.artifacts.exchange import import_embeddings
+    from genrec_dist.artifacts.reader import EmbeddingStore
+
+    with new_folder(out, "imported", source.name) as building:
+        ledger = import_embeddings(source, building, dtype=dtype)  # type: ignore[arg-type]
     store = EmbeddingStore(out)
     console.print(
         f"wrote {escape(str(out))}: {store.num_items:,} rows of width {store.dim}, "

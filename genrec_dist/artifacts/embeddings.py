@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -339,7 +339,22 @@ def is_plain(array: zarr.Array) -> bool:
 def write_embeddings(folder: Path, values: np.ndarray, rows_per_shard: int = 0, dtype: Dtype = "float32") -> None:
     """Write a whole in-memory table, (num_items, dim) float32, every row finite."""
     num_items, dim = values.shape
+    stream_embeddings(folder, num_items, dim, lambda start, stop: values[start:stop], rows_per_shard, dtype)
+
+
+def stream_embeddings(
+    folder: Path,
+    num_items: int,
+    dim: int,
+    rows: Callable[[int, int], np.ndarray],
+    rows_per_shard: int = 0,
+    dtype: Dtype = "float32",
+) -> None:
+    """Write a table of which one shard at a time is in memory; shards that are there already are left alone.
+
+    Args:
+        rows: (start, stop) -> rows start..stop - 1, (n, dim) float32, every row finite.
+    """
     writer = EmbeddingWriter(folder, num_items, dim, rows_per_shard, dtype)
-    for shard in range(writer.num_shards):
-        start, end = writer.rows(shard)
-        writer.write(shard, values[start:end])
+    for shard in writer.pending():
+        writer.write(shard, rows(*writer.rows(shard)))

@@ -6,6 +6,7 @@ Shape legend: B rows, C children (padded to the widest node of the level), D wid
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,10 +33,13 @@ class DeviceTrie(nn.Module):
 
     def __init__(self, trie: Trie) -> None:
         super().__init__()
-        for name in ("item_path", "depth", "first_child", "num_children", "code", "level", "parent", "node_item"):
-            self.register_buffer(name, torch.from_numpy(getattr(trie, name).astype("int64")), persistent=False)
-        self.num_nodes, self.num_items, self.max_depth = trie.num_nodes, trie.num_items, trie.max_depth
-        self.num_codes = int(trie.code.max()) + 1
+        for name in ("item_path", "depth", "num_children", "code", "level", "parent", "node_item"):
+            self.register_buffer(name, _int64(getattr(trie, name)), persistent=False)
+        # A leaf has no first child: 0, so that every entry is a node.
+        first_child = _int64(trie.first_child[:-1]).masked_fill_(self.num_children == 0, 0)
+        self.register_buffer("first_child", first_child, persistent=False)
+        self.num_nodes, self.num_items, self.num_codes = trie.num_nodes, trie.num_items, trie.num_codes
+        self.max_depth = trie.max_depth
         self.widths = [trie.max_children(level) for level in range(trie.max_depth)]
 
     def children_of(self, nodes_B: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +51,11 @@ class DeviceTrie(nn.Module):
         offset = torch.arange(self.widths[level], device=nodes_B.device)
         valid = offset < self.num_children[nodes_B][:, None]
         return (self.first_child[nodes_B][:, None] + offset) * valid, valid
+
+
+def _int64(array: np.ndarray) -> torch.Tensor:
+    """A copy that torch can index with; a mapped array is read."""
+    return torch.from_numpy(np.array(array, np.int64))
 
 
 class ChildHead(nn.Module):
@@ -172,8 +181,7 @@ def node_means(trie: Trie, embeddings: torch.Tensor) -> torch.Tensor:
     Shapes:
         embeddings: (num_items, N). Returns (num_nodes, N) float32.
     """
-    path = torch.from_numpy(trie.item_path.astype("int64"))
-    depth = torch.from_numpy(trie.depth.astype("int64"))
+    path, depth = _int64(trie.item_path), _int64(trie.depth)
     sums = torch.zeros(trie.num_nodes, embeddings.shape[1], dtype=torch.float64)
     counts = torch.zeros(trie.num_nodes, dtype=torch.float64)
     sums[0], counts[0] = embeddings.double().sum(0), len(embeddings)

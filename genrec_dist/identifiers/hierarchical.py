@@ -1,20 +1,148 @@
 """Hierarchical k-means: one code sequence an item, unique by construction.
 
-Every cluster is split into K children until each leaf is one item; a cluster of at most K items gives each
-item its own leaf. Subtrees are independent and seeded by their path, so they can be built in any order.
+Every cluster is split into K children until each leaf is one item; a cluster of at most K items gives each item its own
+leaf. Nodes whose rows are too many for one task are split by the whole crew, one after the other; what is below them
+are subtrees that know nothing of each other and run as tasks, the largest first. Each node is seeded by its path and
+k-means does not depend on who computes it, so neither crew nor order nor an interruption decides anything.
 
 Source: PRORec section 3.3 (Unified Codes), after EAGER and RecForest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from genrec_dist.identifiers.kmeans import kmeans
+from genrec_dist.artifacts.files import write_atomic
+from genrec_dist.identifiers.crew import LocalCrew
+from genrec_dist.identifiers.kmeans import PLAIN, KMeansOptions, KMeansResult, KMeansState, kmeans
+from genrec_dist.identifiers.points import LocalPoints, Points
+from genrec_dist.identifiers.rows import ArrayRows
 
-Cluster = Callable[[np.ndarray, int, int], np.ndarray]
+TASK_BYTES = 256 << 20
+"""Rows of a subtree that one task takes, at most."""
+Path_ = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """How to split.
+
+    Args:
+        num_clusters: K, children of a node at most.
+        seed: the same seed gives the same codes.
+        kmeans: of every node.
+        task_bytes: rows of a task, at most; decides who computes, never what.
+    """
+
+    num_clusters: int
+    seed: int = 0
+    kmeans: KMeansOptions = PLAIN
+    task_bytes: int = TASK_BYTES
+
+
+@dataclass
+class Split:
+    """A node that k-means split.
+
+    Args:
+        path: codes that lead to it.
+        item: one of its rows, in the numbering of whoever made this.
+        log: rows, objective, imbalance and splits by iteration.
+
+    Shapes:
+        centroids: (children, dim) float32, by code, of children that have items.
+    """
+
+    path: Path_
+    item: int
+    centroids: np.ndarray
+    log: dict[str, Any]
+
+
+@dataclass
+class Subtree:
+    """Codes below a node, and the splits that made them.
+
+    Shapes:
+        codes: (n, depth) int32, -1 past an item's depth. depth: (n,) int32.
+    """
+
+    codes: np.ndarray
+    depth: np.ndarray
+    splits: list[Split] = field(default_factory=list)
+
+    def save(self, file: Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        sizes = np.array([len(split.centroids) for split in self.splits], np.int64)
+        dim = self.splits[0].centroids.shape[1] if self.splits else 0
+        arrays = {
+            "codes": self.codes,
+            "depth": self.depth,
+            "items": np.array([split.item for split in self.splits], np.int64),
+            "sizes": sizes,
+            "centroids": np.concatenate([np.empty((0, dim), np.float32), *(split.centroids for split in self.splits)]),
+        }
+        about = json.dumps([{"path": split.path, "log": split.log} for split in self.splits])
+        write_atomic(file, save(arrays, {"splits": about}))
+
+    @classmethod
+    def load(cls, file: Path) -> Subtree | None:
+        """What `save` wrote; None when there is none that can be read."""
+        try:
+            with safe_open(file, "np") as found:
+                arrays = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
+                about = json.loads(found.metadata()["splits"])
+        except (FileNotFoundError, SafetensorError):
+            return None
+        parts = np.split(arrays["centroids"], np.cumsum(arrays["sizes"])[:-1]) if len(arrays["sizes"]) else []
+        splits = [
+            Split(tuple(one["path"]), int(item), centroids, one["log"])
+            for one, item, centroids in zip(about, arrays["items"], parts, strict=True)
+        ]
+        return cls(arrays["codes"], arrays["depth"], splits)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One subtree to grow."""
+
+    path: Path_
+    source: Any
+    num_rows: int
+    seed: int
+    options: TreeOptions
+
+
+class Crew(Protocol):
+    """Who computes: this process, or workers of a cluster. A source is what the crew itself understands."""
+
+    def points(self, source: Any) -> Points:
+        """Rows of a node that all of the crew split."""
+        ...
+
+    def part(self, source: Any, labels: np.ndarray, num_clusters: int, folder: Path | None) -> list[Any]:
+        """Sources of the clusters' rows; what is written goes into `folder`."""
+        ...
+
+    def descend(self, points: Any, labels: np.ndarray, codebook: np.ndarray) -> Points:
+        """Points of what a level of codes leaves."""
+        ...
+
+    def grow(self, jobs: list[Job], work: Callable[[Job, np.ndarray], Subtree]) -> Iterator[tuple[Job, Subtree]]:
+        """Subtrees, as they are done."""
+        ...
+
+    def close(self) -> None:
+        """End the workers."""
+        ...
 
 
 def hierarchical_codes(
@@ -22,60 +150,227 @@ def hierarchical_codes(
     num_clusters: int,
     *,
     seed: int = 0,
-    balanced: bool = False,
-    iterations: int = 30,
-    num_starts: int = 1,
+    options: KMeansOptions = PLAIN,
     on_split: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of all items.
+    """Codes of all items of an array.
 
     Args:
         embeddings: item embeddings.
         num_clusters: K, children of a node at most.
         seed: the same seed gives the same codes.
-        balanced: equal-size clusters at every split.
+        options: of k-means.
         on_split: called with the number of items settled so far.
 
     Shapes:
         embeddings: (num_items, dim) float32.
         returns: codes (num_items, max_depth) int32, -1 past an item's depth; depth (num_items,) int32.
     """
+    tree = build_tree(ArrayRows(embeddings), TreeOptions(num_clusters, seed, options), on_split=on_split)
+    return tree.codes, tree.depth
 
-    def split(points: np.ndarray, k: int, node_seed: int) -> np.ndarray:
-        return kmeans(points, k, iterations=iterations, seed=node_seed, num_starts=num_starts, balanced=balanced).labels
 
-    num_items = len(embeddings)
-    codes: list[list[int]] = [[] for _ in range(num_items)]
-    pending: list[tuple[np.ndarray, int]] = [(np.arange(num_items), seed)]
+def build_tree(
+    source: Any,
+    options: TreeOptions,
+    crew: Crew | None = None,
+    scratch: Path | None = None,
+    on_split: Callable[[int], None] | None = None,
+    on_iteration: Callable[[Path_, KMeansState], None] | None = None,
+) -> Subtree:
+    """Split all rows down to single items.
+
+    Args:
+        source: rows, as the crew understands them.
+        options: how.
+        crew: who computes; default: this process, in one thread.
+        scratch: folder for what a killed build goes on from; None keeps nothing.
+        on_split: called with the number of items settled so far.
+        on_iteration: called after each iteration of a node that the whole crew splits.
+    """
+    crew = crew or LocalCrew()
+    top = crew.points(source)
+    tree = _Codes(top.num_rows)
+    splits: list[Split] = []
+    jobs: list[tuple[Job, np.ndarray]] = []
+    large: list[tuple[Path_, Any, np.ndarray, int]] = [((), source, np.arange(top.num_rows), options.seed)]
+    opened: Points | None = top
     settled = 0
-    while pending:
-        items, node_seed = pending.pop()
-        if len(items) <= num_clusters:
-            for code, item in enumerate(items.tolist()):
-                codes[item].append(code)
-            settled += len(items)
-            if on_split is not None:
-                on_split(settled)
+    while large:
+        path, here, items, seed = large.pop()
+        if len(items) <= options.num_clusters or 4 * len(items) * top.dim <= options.task_bytes:
+            jobs.append((Job(path, here, len(items), seed, options), items))
             continue
-        points = embeddings[items]
-        if (points == points[0]).all():  # nothing to cluster: split evenly, or the tree would grow into a comb
-            labels = np.arange(len(items)) * num_clusters // len(items)
-        else:
-            labels = split(points, num_clusters, node_seed)
-        for cluster in range(num_clusters):
-            members = items[labels == cluster]
-            for item in members.tolist():
-                codes[item].append(cluster)
-            if len(members) == 1:
+        points = opened or crew.points(here)
+        opened = None
+        labels, split = _split_by_crew(points, path, seed, options, scratch, on_iteration)
+        splits.append(Split(path, int(items[0]), split.centroids, split.log))
+        tree.set(items, len(path), labels)
+        folder = None if scratch is None else scratch / f"rows{_name(path)}"
+        order = np.argsort(labels, kind="stable")
+        members = np.split(items[order], np.cumsum(np.bincount(labels, minlength=options.num_clusters))[:-1])
+        sources = crew.part(here, labels, options.num_clusters, folder)
+        for cluster, (part, below) in enumerate(zip(members, sources, strict=True)):
+            if len(part) == 1:
                 settled += 1
-            elif len(members):
-                pending.append((members, _child_seed(node_seed, cluster)))
-    depth = np.array([len(c) for c in codes], np.int32)
-    table = np.full((num_items, int(depth.max(initial=0))), -1, np.int32)
-    for item, path in enumerate(codes):
-        table[item, : len(path)] = path
-    return table, depth
+            elif len(part):
+                large.append(((*path, cluster), below, part, child_seed(seed, cluster)))
+    for job, subtree, items in _grown(jobs, crew, scratch):
+        tree.graft(items, len(job.path), subtree)
+        splits += [Split(job.path + s.path, int(items[s.item]), s.centroids, s.log) for s in subtree.splits]
+        settled += len(items)
+        if on_split is not None:
+            on_split(settled)
+    codes, depth = tree.finish()
+    return Subtree(codes, depth, sorted(splits, key=lambda split: (len(split.path), split.path)))
 
 
-def _child_seed(seed: int, cluster: int) -> int:
+def _split_by_crew(
+    points: Points,
+    path: Path_,
+    seed: int,
+    options: TreeOptions,
+    scratch: Path | None,
+    on_iteration: Callable[[Path_, KMeansState], None] | None,
+) -> tuple[np.ndarray, Split]:
+    """One k-means over rows that only the crew can hold, from where it was left."""
+    done = None if scratch is None else scratch / f"split{_name(path)}.safetensors"
+    if done is not None and (kept := Subtree.load(done)) is not None:
+        return kept.codes[:, 0], kept.splits[0]
+    file = None if scratch is None else scratch / f"iteration{_name(path)}.safetensors"
+
+    def keep(state: KMeansState) -> None:
+        if file is not None:
+            save_state(state, file)
+        if on_iteration is not None:
+            on_iteration(path, state)
+
+    state = None if file is None else load_state(file)
+    found = kmeans(points, options.num_clusters, options.kmeans, seed=seed, state=state, on_iteration=keep)
+    split = Split(path, 0, found.centroids[found.sizes > 0], kmeans_log(found, points.num_rows))
+    if done is not None:
+        Subtree(found.labels[:, None], np.ones(len(found.labels), np.int32), [split]).save(done)
+    return found.labels, split
+
+
+def _grown(
+    jobs: list[tuple[Job, np.ndarray]], crew: Crew, scratch: Path | None
+) -> Iterator[tuple[Job, Subtree, np.ndarray]]:
+    """Subtrees of all jobs: those that an earlier try left, then the others, the largest first."""
+    items = {job.path: rows for job, rows in jobs}
+    waiting = []
+    for job, rows in jobs:
+        kept = None if scratch is None else Subtree.load(scratch / f"subtree{_name(job.path)}.safetensors")
+        if kept is not None:
+            yield job, kept, rows
+        else:
+            waiting.append(job)
+    waiting.sort(key=lambda job: (-job.num_rows, job.path))
+    for job, subtree in crew.grow(waiting, grow):
+        if scratch is not None and job.path:
+            subtree.save(scratch / f"subtree{_name(job.path)}.safetensors")
+        yield job, subtree, items[job.path]
+
+
+def grow(job: Job, rows: np.ndarray) -> Subtree:
+    """The subtree of a job, in this process and thread.
+
+    Shapes:
+        rows: (n, dim) float32.
+    """
+    k, options = job.options.num_clusters, job.options.kmeans
+    tree, splits = _Codes(len(rows)), []
+    pending: list[tuple[np.ndarray, int, Path_]] = [(np.arange(len(rows)), job.seed, ())]
+    while pending:
+        items, seed, path = pending.pop()
+        if len(items) <= k:
+            tree.set(items, len(path), np.arange(len(items), dtype=np.int32))
+            continue
+        points = rows[items] if len(items) < len(rows) else rows
+        if (points == points[0]).all():  # nothing to cluster: split evenly, or the tree would grow into a comb
+            labels = np.arange(len(items)) * k // len(items)
+            split = Split(path, int(items[0]), points[: labels[-1] + 1], {"rows": len(items)})
+        else:
+            found = kmeans(LocalPoints(ArrayRows(points)), k, options, seed=seed)
+            labels = found.labels
+            split = Split(path, int(items[0]), found.centroids[found.sizes > 0], kmeans_log(found, len(items)))
+        splits.append(split)
+        tree.set(items, len(path), labels)
+        order = np.argsort(labels, kind="stable")
+        for cluster, members in enumerate(np.split(items[order], np.cumsum(np.bincount(labels, minlength=k))[:-1])):
+            if len(members) > 1:
+                pending.append((members, child_seed(seed, cluster), (*path, cluster)))
+    codes, depth = tree.finish()
+    return Subtree(codes, depth, splits)
+
+
+def kmeans_log(found: KMeansResult, num_rows: int) -> dict[str, Any]:
+    """What is kept of a k-means' course, JSON-ready."""
+    return {
+        "rows": num_rows,
+        "objective": found.objective,
+        "imbalance": found.imbalance,
+        "splits": found.splits,
+    }
+
+
+class _Codes:
+    """Codes of items as they become known, level by level."""
+
+    def __init__(self, num_items: int) -> None:
+        self.codes = np.full((num_items, 1), -1, np.int32)
+
+    def set(self, items: np.ndarray, level: int, values: np.ndarray) -> None:
+        self._deepen(level + 1)
+        self.codes[items, level] = values
+
+    def graft(self, items: np.ndarray, level: int, subtree: Subtree) -> None:
+        """Codes of a subtree below `level` codes that the items have."""
+        width = subtree.codes.shape[1]
+        self._deepen(level + width)
+        self.codes[items, level : level + width] = subtree.codes
+
+    def _deepen(self, levels: int) -> None:
+        if levels > self.codes.shape[1]:
+            more = np.full((len(self.codes), levels - self.codes.shape[1]), -1, np.int32)
+            self.codes = np.concatenate([self.codes, more], 1)
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        depth = (self.codes >= 0).sum(1, dtype=np.int32)
+        return np.ascontiguousarray(self.codes[:, : int(depth.max(initial=0))]), depth
+
+
+def child_seed(seed: int, cluster: int) -> int:
+    """Seed of a child: a function of its path."""
     return int(np.random.SeedSequence([seed, cluster]).generate_state(1, np.uint32)[0])
+
+
+def _name(path: Path_) -> str:
+    return "".join(f"-{code}" for code in path)
+
+
+STATE_ARRAYS, STATE_LISTS = ("centroids", "prices", "steps"), ("start", "objective", "imbalance", "splits")
+
+
+def save_state(state: KMeansState, file: Path) -> None:
+    """Write what an interrupted k-means goes on from, whole or not at all."""
+    parts = {"now": state} | ({"best": state.best} if state.best else {})
+    arrays = {f"{part}.{name}": getattr(one, name) for part, one in parts.items() for name in STATE_ARRAYS}
+    about = {part: json.dumps({name: getattr(one, name) for name in STATE_LISTS}) for part, one in parts.items()}
+    write_atomic(file, save(arrays, about))
+
+
+def load_state(file: Path) -> KMeansState | None:
+    """What `save_state` wrote; None when there is none that can be read."""
+    try:
+        with safe_open(file, "np") as found:
+            parts = {
+                part: KMeansState(
+                    **{name: found.get_tensor(f"{part}.{name}") for name in STATE_ARRAYS}, **json.loads(about)
+                )
+                for part, about in found.metadata().items()
+            }
+    except (FileNotFoundError, SafetensorError):
+        return None
+    parts["now"].best = parts.get("best")
+    return parts["now"]

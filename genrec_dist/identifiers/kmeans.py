@@ -1,16 +1,72 @@
-"""Lloyd's k-means, plain and balanced, deterministic for a seed.
+"""k-means: Lloyd's iteration, plain, balanced or by cosine, over points wherever they are.
 
-The loop needs only count, dimension and `assign`, so that a distributed version replaces the inner step.
-Distances are blocked float32 matrix products, sums are float64 in row order.
+The loop knows count, dimension, and a few questions to its points (`Points`): an array in this process and a table that
+is spread over a cluster go through the same lines and give the same labels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
-_BLOCK = 65536
+from genrec_dist.identifiers.points import LocalPoints, Moments, Points, one_thread_products
+from genrec_dist.identifiers.rows import ArrayRows, unit
+from genrec_dist.identifiers.starts import Start, choose_start
+
+EXACT_BALANCE = 1 << 24
+"""Balanced: up to so many (row, cluster) pairs, deferred acceptance over the whole matrix; above, prices."""
+PRICE_PASSES, LAST_PRICE_PASSES = 4, 40
+BALANCE_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class KMeansOptions:
+    """How to cluster.
+
+    Args:
+        iterations: at most.
+        tolerance: stop when the objective falls by less than this share of itself.
+        num_starts: best of so many.
+        balanced: sizes floor(n / K) or ceil(n / K).
+        metric: cosine takes points and centroids at length 1.
+        start: k-means++ (`plus_plus`), k-means|| (`parallel`), or by the number of points (`auto`).
+    """
+
+    iterations: int = 30
+    tolerance: float = 1e-4
+    num_starts: int = 1
+    balanced: bool = False
+    metric: str = "euclidean"
+    start: Start = "auto"
+
+
+PLAIN = KMeansOptions()
+
+
+@dataclass
+class KMeansState:
+    """Where a k-means is; saved after every iteration, so that a lost process costs one.
+
+    Args:
+        start: number of the start in work.
+        objective, imbalance, splits: by iteration, see `KMeansResult`.
+        best: the best of the starts before.
+
+    Shapes:
+        centroids: (K, dim) float32, of the next assignment.
+        prices: (K,) float64, balanced only, else zeros; steps: likewise, of the prices.
+    """
+
+    centroids: np.ndarray
+    start: int = 0
+    objective: list[float] = field(default_factory=list)
+    imbalance: list[float] = field(default_factory=list)
+    splits: list[int] = field(default_factory=list)
+    prices: np.ndarray = field(default_factory=lambda: np.empty(0))
+    steps: np.ndarray = field(default_factory=lambda: np.empty(0))
+    best: KMeansState | None = None
 
 
 @dataclass
@@ -18,73 +74,217 @@ class KMeansResult:
     """Outcome of one k-means.
 
     Shapes:
-        labels: (n,) int64.
-        centroids: (k, dim) float32.
-        objective: sum of squared distances, after each iteration.
+        labels: (n,) int32.
+        centroids: (K, dim) float32, to which the rows are nearest (unless balanced): means of the assignment before.
+        sizes: (K,) int64. errors: (K,) float64, sums of squared distances.
+        objective: their total after each iteration; imbalance: largest size over the mean one; splits: empty clusters
+            that were refilled.
     """
 
     labels: np.ndarray
     centroids: np.ndarray
+    sizes: np.ndarray
+    errors: np.ndarray
     objective: list[float]
+    imbalance: list[float]
+    splits: list[int]
 
 
-def squared_distances(points: np.ndarray, centroids: np.ndarray, squares: np.ndarray | None = None) -> np.ndarray:
-    """Squared Euclidean distances, (n, k) float32, never negative; `squares` are the points' own, where known."""
+def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances, (n, k) float32, never negative."""
     cross = points @ centroids.T
-    own = (points**2).sum(1) if squares is None else squares
-    out = own[:, None] - 2.0 * cross + (centroids**2).sum(1)[None]
+    out = (points**2).sum(1)[:, None] - 2.0 * cross + (centroids**2).sum(1)[None]
     return np.maximum(out, 0.0, out=out)
 
 
-def assign(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest centroid of each point and its squared distance; ties go to the lower index."""
-    labels = np.empty(len(points), np.int64)
-    distances = np.empty(len(points), np.float32)
-    for start in range(0, len(points), _BLOCK):
-        block = squared_distances(points[start : start + _BLOCK], centroids)
-        best = block.argmin(1)
-        labels[start : start + _BLOCK] = best
-        distances[start : start + _BLOCK] = block[np.arange(len(best)), best]
-    return labels, distances
+def kmeans(
+    points: Points | np.ndarray,
+    k: int,
+    options: KMeansOptions = PLAIN,
+    *,
+    seed: int = 0,
+    centroids: np.ndarray | None = None,
+    state: KMeansState | None = None,
+    on_iteration: Callable[[KMeansState], None] | None = None,
+) -> KMeansResult:
+    """Cluster into `k` clusters, none of them empty when there are at least k points.
+
+    Args:
+        points: data; with metric 'cosine' rows of length 1 (an array is scaled here).
+        k: clusters.
+        options: how.
+        seed: of the starts.
+        centroids: start from these instead.
+        state: go on from here.
+        on_iteration: called after each iteration with the state to go on from.
+
+    Shapes:
+        points: (n, dim) float32, where an array. centroids: (k, dim) float32.
+    """
+    if isinstance(points, np.ndarray):
+        points = LocalPoints(ArrayRows(unit(points) if options.metric == "cosine" else points))
+    num_starts = 1 if centroids is not None else options.num_starts
+    best = None if state is None else state.best
+    with one_thread_products():
+        for start in range(0 if state is None else state.start, num_starts):
+            if state is None:
+                first = choose_start(points, k, options.start, (seed, start)) if centroids is None else centroids
+                state = KMeansState(first.astype(np.float32), start, prices=np.zeros(k), steps=np.zeros(k), best=best)
+            while len(state.objective) < options.iterations and not _settled(state.objective, options.tolerance):
+                moments, _ = _assign(points, state, options, last=False)
+                state.centroids = means(moments, state.centroids, options.metric)
+                if on_iteration is not None:
+                    on_iteration(state)
+            best = state if best is None or state.objective[-1] < best.objective[-1] else best
+            best.best, state = None, None
+        assert best is not None
+        moments, refilled = _assign(points, best, options, last=True)
+    # A cluster that was refilled is where its row is, so that a copy of the row would be put there as well.
+    ours = means(moments, best.centroids, options.metric)
+    best.centroids[refilled] = ours[refilled]
+    return KMeansResult(
+        points.labels().copy(),
+        best.centroids,
+        moments.counts,
+        moments.errors,
+        best.objective,
+        best.imbalance,
+        best.splits,
+    )
 
 
-def plus_plus_start(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k-means++ seeding (Arthur and Vassilvitskii, 2007), (k, dim) float32."""
-    centroids = np.empty((k, points.shape[1]), np.float32)
-    centroids[0] = points[rng.integers(len(points))]
-    squares = (points**2).sum(1)
-    nearest = squared_distances(points, centroids[:1], squares)[:, 0].astype(np.float64)
-    for i in range(1, k):
-        total = nearest.sum()
-        if total <= 0:  # fewer distinct points than clusters
-            centroids[i] = points[rng.integers(len(points))]
-            continue
-        pick = np.searchsorted(np.cumsum(nearest), rng.random() * total, side="right")
-        centroids[i] = points[min(pick, len(points) - 1)]
-        np.minimum(nearest, squared_distances(points, centroids[i : i + 1], squares)[:, 0], out=nearest)
-    return centroids
+def _settled(objective: list[float], tolerance: float) -> bool:
+    return len(objective) > 1 and objective[-2] - objective[-1] <= tolerance * objective[-2]
+
+
+def _assign(points: Points, state: KMeansState, options: KMeansOptions, last: bool) -> tuple[Moments, np.ndarray]:
+    """Assign by the options, fill empty clusters, note what came of it; returns moments and the clusters refilled."""
+    refilled = np.empty(0, np.int64)
+    if options.balanced:
+        moments = _assign_balanced(points, state, last)
+    else:
+        moments, refilled = fill_empty(points, points.assign(state.centroids))
+    state.objective.append(moments.objective)
+    state.imbalance.append(float(moments.counts.max() * len(moments.counts) / max(1, points.num_rows)))
+    state.splits.append(len(refilled))
+    return moments, refilled
+
+
+def means(moments: Moments, before: np.ndarray, metric: str = "euclidean") -> np.ndarray:
+    """Centroids of an assignment, (K, dim) float32; an empty cluster keeps its centroid."""
+    out = before.copy()
+    filled = moments.counts > 0
+    out[filled] = (moments.sums[filled] / moments.counts[filled, None]).astype(np.float32)
+    return unit(out) if metric == "cosine" else out
+
+
+def fill_empty(points: Points, moments: Moments) -> tuple[Moments, np.ndarray]:
+    """Give every empty cluster the farthest row of a cluster that errs much; returns moments and the clusters filled.
+
+    Clusters of the largest errors give first, each as evenly as it goes.
+    """
+    filled = np.flatnonzero(moments.counts == 0)
+    while len(empty := np.flatnonzero(moments.counts == 0)):
+        donors = np.flatnonzero(moments.counts > 1)
+        if not len(donors):
+            break
+        donors = donors[np.lexsort((donors, -moments.counts[donors], -moments.errors[donors]))][: len(empty)]
+        share = -(-len(empty) // len(donors))
+        wanted = {int(c): min(share, int(moments.counts[c]) - 1) for c in donors}
+        found = points.farthest(wanted)
+        rows = np.concatenate([found[c] for c in wanted])[: len(empty)]
+        moments = points.move(rows, empty[: len(rows)].astype(np.int32), np.zeros(len(rows), np.float32))
+    return moments, filled[moments.counts[filled] > 0]
+
+
+# Balanced
+
+
+def _assign_balanced(points: Points, state: KMeansState, last: bool) -> Moments:
+    if points.num_rows * len(state.centroids) <= EXACT_BALANCE:
+        rows = np.arange(points.num_rows)
+        labels, distances = balanced_assign(points.take(rows), state.centroids)
+        points.assign(state.centroids)
+        return points.move(rows, labels.astype(np.int32), distances)
+    moments = _raise_prices(points, state, LAST_PRICE_PASSES if last else PRICE_PASSES)
+    return _even_out(points, state, moments) if last else moments
+
+
+def _raise_prices(points: Points, state: KMeansState, passes: int) -> Moments:
+    """Ascent on the dual of the transport problem: a cluster with too many rows gets dearer, one with too few cheaper.
+
+    The dual's gradient in a price is the cluster's excess; each price has a step of its own, which grows while the sign
+    stays and halves when it turns. A pass costs one assignment; K numbers travel.
+
+    Source: step rule of Riedmiller and Braun (1993), Rprop.
+    """
+    capacity = points.num_rows / len(state.centroids)
+    moments = points.assign(state.centroids, state.prices)
+    if not state.steps.any():
+        state.steps = np.full(len(state.centroids), 0.1 * moments.objective / points.num_rows)
+    before = np.zeros(len(state.centroids))
+    for _ in range(passes):
+        excess = moments.counts - capacity
+        if np.abs(excess).max() <= max(1.0, BALANCE_TOLERANCE * capacity):
+            break
+        sign = np.sign(excess)
+        state.steps = state.steps * np.where(sign * before > 0, 1.3, np.where(sign * before < 0, 0.5, 1.0))
+        state.prices = state.prices + sign * state.steps
+        before = sign
+        moments = points.assign(state.centroids, state.prices)
+    return moments
+
+
+def _even_out(points: Points, state: KMeansState, moments: Moments) -> Moments:
+    """Exact sizes: rows to which it costs least leave clusters that have too many for those that have room."""
+    capacity = capacities(moments.counts, points.num_rows)
+    excess = moments.counts - capacity
+    wanted = {int(c): int(excess[c]) for c in np.flatnonzero(excess > 0)}
+    if not wanted:
+        return moments
+    room = np.flatnonzero(excess < 0)
+    rows = points.leavers(state.centroids, state.prices, wanted, room)
+    cost = squared_distances(points.take(rows), state.centroids[room])
+    places = deferred_acceptance(cost, -excess[room])
+    return points.move(rows, room[places].astype(np.int32), cost[np.arange(len(rows)), places])
+
+
+def capacities(counts: np.ndarray, num_rows: int) -> np.ndarray:
+    """Sizes within one of each other; the larger ones to the clusters that are largest now."""
+    out = np.full(len(counts), num_rows // len(counts))
+    out[np.argsort(-counts, kind="stable")[: num_rows % len(counts)]] += 1
+    return out
 
 
 def balanced_assign(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Assignment with cluster sizes within one of each other.
+    """Assignment with cluster sizes within one of each other, and squared distances; memory n x K.
 
-    Deferred acceptance: a point proposes to its nearest centroid that has not refused it; a centroid over its
-    capacity refuses the points that lose least by going to their next choice. Memory n x k.
-
-    Source: Gale and Shapley (1962), with regret as the centroids' preference.
+    Shapes:
+        points: (n, dim) float32. returns: (n,) int64, (n,) float32.
     """
-    n, k = len(points), len(centroids)
     cost = squared_distances(points, centroids)
-    natural = np.bincount(cost.argmin(1), minlength=k)
-    capacity = np.full(k, n // k)
-    capacity[np.argsort(-natural, kind="stable")[: n % k]] += 1
+    labels = deferred_acceptance(cost, capacities(np.bincount(cost.argmin(1), minlength=len(centroids)), len(points)))
+    return labels, cost[np.arange(len(points)), labels]
+
+
+def deferred_acceptance(cost: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    """Give every row a column, at most `capacity` rows to each.
+
+    A row proposes to its cheapest column that has not refused it; a column over its capacity refuses the rows that lose
+    least by going to their next choice.
+
+    Shapes:
+        cost: (n, K) float32. capacity: (K,) int, n or more in all. returns: (n,) int64.
+
+    Source: Gale and Shapley (1962), with regret as the columns' preference.
+    """
     open_cost = cost.copy()
     labels = open_cost.argmin(1)
     while True:
-        sizes = np.bincount(labels, minlength=k)
+        sizes = np.bincount(labels, minlength=cost.shape[1])
         over = np.flatnonzero(sizes > capacity)
         if not len(over):
-            return labels, cost[np.arange(n), labels]
+            return labels
         for cluster in over:
             members = np.flatnonzero(labels == cluster)
             others = open_cost[members].copy()
@@ -93,81 +293,3 @@ def balanced_assign(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarr
             refused = members[np.argsort(regret, kind="stable")[: len(members) - capacity[cluster]]]
             open_cost[refused, cluster] = np.inf
             labels[refused] = open_cost[refused].argmin(1)
-
-
-def _means(points: np.ndarray, labels: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Float64 means of the clusters; an empty one keeps its centroid."""
-    k = len(centroids)
-    order = np.argsort(labels, kind="stable")
-    counts = np.bincount(labels, minlength=k)
-    filled = np.flatnonzero(counts)
-    begins = np.concatenate(([0], np.cumsum(counts)))[filled]
-    sums = np.add.reduceat(points[order].astype(np.float64), begins, axis=0)
-    out = centroids.copy()
-    out[filled] = (sums / counts[filled, None]).astype(np.float32)
-    return out
-
-
-def _fill_empty(points: np.ndarray, labels: np.ndarray, distances: np.ndarray, centroids: np.ndarray) -> bool:
-    """Give every empty cluster the farthest point of a cluster that has more than one; True if any was empty."""
-    counts = np.bincount(labels, minlength=len(centroids))
-    empty = np.flatnonzero(counts == 0)
-    if not len(empty):
-        return False
-    order = iter(np.argsort(-distances, kind="stable"))
-    for cluster in empty:
-        point = next((p for p in order if counts[labels[p]] > 1), None)
-        if point is None:
-            break
-        counts[labels[point]] -= 1
-        labels[point], counts[cluster] = cluster, 1
-        centroids[cluster] = points[point]
-    return True
-
-
-def kmeans(
-    points: np.ndarray,
-    k: int,
-    *,
-    iterations: int = 30,
-    seed: int = 0,
-    num_starts: int = 1,
-    balanced: bool = False,
-    tolerance: float = 1e-4,
-) -> KMeansResult:
-    """Cluster `points` into `k` non-empty clusters (when there are at least k points).
-
-    Args:
-        points: data.
-        k: clusters.
-        iterations: at most; stops when the objective falls by less than `tolerance` of itself.
-        seed: of the k-means++ starts.
-        num_starts: best of so many.
-        balanced: sizes floor(n/k) or ceil(n/k).
-
-    Shapes:
-        points: (n, dim) float32.
-    """
-    points = np.ascontiguousarray(points, np.float32)
-    step = balanced_assign if balanced else assign
-    best: KMeansResult | None = None
-    for start in range(num_starts):
-        rng = np.random.default_rng([seed, start])
-        centroids = plus_plus_start(points, k, rng)
-        objective: list[float] = []
-        for _ in range(iterations):
-            labels, distances = step(points, centroids)
-            if not balanced:
-                _fill_empty(points, labels, distances, centroids)
-            objective.append(float(distances.sum(dtype=np.float64)))
-            centroids = _means(points, labels, centroids)
-            if len(objective) > 1 and objective[-2] - objective[-1] <= tolerance * objective[-2]:
-                break
-        labels, distances = step(points, centroids)
-        if not balanced:
-            _fill_empty(points, labels, distances, centroids)
-        objective.append(float(distances.sum(dtype=np.float64)))
-        if best is None or objective[-1] < best.objective[-1]:
-            best = KMeansResult(labels, centroids, objective)
-    assert best is not None
-    return best

@@ -16,7 +16,11 @@ import torch
 from torch import nn
 
 from genrec_dist.config import RqvaeConfig
-from genrec_dist.identifiers.kmeans import kmeans
+from genrec_dist.identifiers.kmeans import KMeansOptions
+from genrec_dist.identifiers.residual import residual_kmeans
+from genrec_dist.identifiers.rows import ArrayRows
+
+START_OPTIONS = KMeansOptions(iterations=25)
 
 
 @dataclass
@@ -109,7 +113,9 @@ class ResidualQuantizer(nn.Module):
         Shapes:
             rows: (n, D) float32.
         """
-        for level, codes in enumerate(residual_kmeans(rows, *self.codebooks.shape[:2], seed=seed)):
+        levels, clusters = self.codebooks.shape[:2]
+        found = residual_kmeans(ArrayRows(rows), levels, clusters, seed=seed, options=START_OPTIONS)
+        for level, codes in enumerate(found.codebooks):
             self._set(level, torch.arange(len(codes)), torch.from_numpy(codes))
 
     def forward(self, rows_BD: torch.Tensor) -> Quantized:
@@ -187,22 +193,3 @@ class ResidualQuantizer(nn.Module):
         self.usage[level, codes] = usage
         if self.config.codebook == "ema":
             self.sums[level, codes] = usage * rows
-
-
-def residual_kmeans(
-    rows: np.ndarray, num_levels: int, num_clusters: int, *, seed: int = 0, iterations: int = 25
-) -> list[np.ndarray]:
-    """Codebooks by k-means on residuals, level by level; each (K, D) float32.
-
-    With fewer rows than codes the codes left over are copies of rows.
-
-    Shapes:
-        rows: (n, D) float32.
-    """
-    left = np.array(rows, np.float32)
-    codebooks = []
-    for level in range(num_levels):
-        found = kmeans(left, num_clusters, iterations=iterations, seed=(seed << 8) + level)
-        codebooks.append(found.centroids)
-        left -= found.centroids[found.labels]
-    return codebooks

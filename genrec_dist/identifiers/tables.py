@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -77,22 +78,33 @@ class Tables:
             out[name] = torch.from_numpy(np.stack([mean + shift, np.where(flat, 1.0, deviation)]).astype(np.float32))
         return out
 
-    def joint(self, weight: float) -> np.ndarray:
-        """One table in which squared distances are the weighted mean of the tables' own, per standardised column.
-
-        For a single table, the table itself.
+    def joiner(self, weight: float) -> Callable[[np.ndarray], np.ndarray]:
+        """Function that reads rows of one table in which squared distances are the weighted mean of the tables' own,
+        per standardised column. For a single table, the table itself.
 
         Args:
             weight: of the first table; the second has the rest.
 
-        Shapes:
-            returns: (num_items, sum of widths) float32.
+        Returns:
+            (n,) int64 items -> (n, sum of widths) float32; items without an embedding are zeros before that.
         """
-        wholes = [store.read("zero") for store in self.stores.values()]
-        if len(wholes) == 1:
-            return wholes[0]
-        parts = []
-        for share, whole, scale in zip((weight, 1.0 - weight), wholes, self.scales().values()):
-            mean, deviation = scale.numpy()
-            parts.append((whole - mean) / deviation * np.float32(np.sqrt(share / whole.shape[1])))
-        return np.concatenate(parts, 1, dtype=np.float32)
+        if len(self.stores) == 1:
+            (store,) = self.stores.values()
+            return lambda items: store.rows(items, "zero")
+        scales = [scale.numpy() for scale in self.scales().values()]
+        shares = [
+            np.float32(np.sqrt(share / width)) for share, width in zip((weight, 1.0 - weight), self.widths.values())
+        ]
+
+        def rows(items: np.ndarray) -> np.ndarray:
+            parts = [
+                (store.rows(items, "zero") - mean) / deviation * share
+                for store, (mean, deviation), share in zip(self.stores.values(), scales, shares)
+            ]
+            return np.concatenate(parts, 1, dtype=np.float32)
+
+        return rows
+
+    def joint(self, weight: float) -> np.ndarray:
+        """`joiner`'s rows of all items."""
+        return self.joiner(weight)(np.arange(self.num_items))

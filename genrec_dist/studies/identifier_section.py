@@ -1,18 +1,28 @@
-"""Section of the report on item identifiers: training and losses of an RQ-VAE, uniqueness, use of the codes, examples.
+"""Section of the report on item identifiers: training and losses of an RQ-VAE, curves of k-means, uniqueness, use of
+the codes, examples.
 
 Reads through RunData; whatever an artifact does not hold is left out.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 
 from genrec_dist.studies import plots
-from genrec_dist.studies.blocks import Block, Details, Figure, Section, Table, Text, percent, plain
+from genrec_dist.studies.blocks import NONE, Block, Details, Figure, Section, Table, Text, percent, plain
 from genrec_dist.studies.run_data import RunData
 
 STAGE = "identifiers"
 NUM_EXAMPLES = 6
+KMEANS = "kmeans.jsonl"
+TABLE_CAPTION = (
+    "A node is a code prefix, its size the items below it; entropy in bits; explained: share of the variance."
+)
 
 
 def identifiers_section(data: RunData) -> Section | None:
@@ -32,8 +42,8 @@ def identifiers_section(data: RunData) -> Section | None:
             f"{percent(kept['recall'])} of an item's {kept['neighbours']} nearest neighbours lie in its level-1 "
             f"cluster (by chance: {percent(kept['chance'])}; {kept['queries']:,} items)."
         )
-    head = ["level", "items", "codes used", "nodes", "entropy, bits", "perplexity / K"]
-    head += ["size min", "median", "mean", "max", "variance explained"]
+    head = ["level", "items", "codes", "nodes", "entropy", "perplexity / K"]
+    head += ["size min", "median", "mean", "max", "explained"]
     rows = [
         [
             str(level["level"]),
@@ -46,12 +56,14 @@ def identifiers_section(data: RunData) -> Section | None:
             f"{level['size_median']:g}",
             f"{level['size_mean']:.1f}",
             plain(level["size_max"]),
-            percent(level["variance_explained"]),
+            ("≈ " if "variance_sample" in level else "") + percent(level["variance_explained"]),
         ]
         for level in quality["levels"]
     ]
-    blocks: list[Block] = [Text(summary), *_learned(data), *_uniqueness(quality)]
-    blocks += [Figure(plots.codebook(quality)), Table(head, rows)]
+    blocks: list[Block] = [Text(summary), *_learned(data), *_kmeans(data), *_uniqueness(quality)]
+    caption = "Entropy is log₂ K, dotted, where all K codes are equally frequent; perplexity is 2 to the entropy."
+    blocks += [Figure(plots.codebook_levels(quality), caption), Figure(plots.codebook_sizes(quality))]
+    blocks.append(Table(head, rows, TABLE_CAPTION + _sampled(quality)))
     examples = _example_codes(data)
     if examples:
         blocks.append(examples)
@@ -75,6 +87,72 @@ def _learned(data: RunData) -> list[Block]:
         caption = "Mean squared errors a dimension in the units of the inputs, of the final codes."
         blocks.append(Table(["reconstruction", "loss", "variance explained"], rows, caption))
     return blocks
+
+
+def _sampled(quality: dict) -> str:
+    """Which levels' variance is estimated."""
+    samples = {level["level"]: level["variance_sample"] for level in quality["levels"] if "variance_sample" in level}
+    if not samples:
+        return ""
+    shares = ", ".join(f"level {level} {percent(share)}" for level, share in samples.items())
+    return f" ≈: estimated from some of the nodes of two items or more; share of the items in them: {shares}."
+
+
+@dataclass
+class _Splits:
+    """What k-means did at one level, over all its nodes; those of identical rows count as nodes only."""
+
+    nodes: int = 0
+    rows: int = 0
+    clustered: int = 0
+    iterations: int = 0
+    refilled: int = 0
+    first: float = 0.0
+    last: float = 0.0
+
+    def add(self, record: dict) -> None:
+        self.nodes += 1
+        self.rows += record["rows"]
+        objective = record.get("objective")
+        if objective:
+            self.clustered += 1
+            self.iterations += len(objective)
+            self.refilled += sum(record["splits"])
+            self.first += objective[0]
+            self.last += objective[-1]
+
+    def cells(self) -> list[str]:
+        iterations = f"{self.iterations / self.clustered:.1f}" if self.clustered else NONE
+        share = percent(self.last / self.first if self.first else None)
+        return [plain(self.nodes), plain(self.rows), iterations, plain(self.refilled), share]
+
+
+def _kmeans(data: RunData) -> list[Block]:
+    """Curves of the first split, and what became of all of them by level."""
+    folder = data.folder(STAGE)
+    if folder is None or not (folder / KMEANS).is_file():
+        return []
+    blocks: list[Block] = []
+    levels: dict[int, _Splits] = {}
+    for record in _records(folder / KMEANS):
+        above = len(record["path"]) if "path" in record else record["level"]  # residual: one k-means a level
+        levels.setdefault(above + 1, _Splits()).add(record)
+        if above == 0 and record.get("objective"):
+            svg = plots.kmeans_curves(record["objective"], record["imbalance"])
+            blocks.append(Figure(svg, f"k-means of all {plain(record['rows'])} items into the level-1 clusters."))
+    head = ["level", "nodes split", "rows", "mean iterations", "clusters refilled", "objective, last / first"]
+    rows = [[str(level), *splits.cells()] for level, splits in sorted(levels.items())]
+    caption = (
+        "k-means by the level of codes that it makes. A cluster that lost all its rows is refilled; objectives are "
+    )
+    caption += "summed over the level's nodes, after the first iteration and after the last."
+    return [*blocks, Table(head, rows, caption)] if rows else []
+
+
+def _records(file: Path) -> Iterator[dict]:
+    """Records of a JSON Lines file one at a time: a large catalog has one for every node."""
+    with open(file, encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
 
 
 def _uniqueness(quality: dict) -> list[Block]:

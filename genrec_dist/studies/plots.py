@@ -18,7 +18,8 @@ from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from genrec_dist.studies.tsne import Map
 
@@ -58,12 +59,13 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 9.4
 MAX_POINTS = 400
+LEGEND_ROW = 0.17
 
 
-def new_figure(columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of panels side by side, as wide as a page."""
+def new_figure(columns: int, height: float, ratios: list[float] | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure of panels side by side, as wide as a page; equally wide, or by `ratios`."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, columns)))
+    return figure, list(np.atleast_1d(figure.subplots(1, columns, width_ratios=ratios)))
 
 
 def to_svg(figure: Figure, name: str) -> Markup:
@@ -136,6 +138,7 @@ def stage_curves(records: list[dict], name: str) -> Markup | None:
         return None
     with mpl.rc_context(STYLE):
         figure, all_axes = new_figure(len(panels), 2.7)
+        entries = 0
         for axes, (title, names) in zip(all_axes, panels, strict=True):
             for i, key in enumerate(names):
                 if title == "loss":
@@ -153,8 +156,18 @@ def stage_curves(records: list[dict], name: str) -> Markup | None:
             axes.set_xlabel(axis)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             if len(axes.lines) > 1:
-                axes.legend()
+                entries = max(entries, _legend_below(figure, axes))
+        figure.set_figheight(2.7 + LEGEND_ROW * entries)
         return to_svg(figure, name)
+
+
+def _legend_below(figure: Figure, axes: Axes) -> int:
+    """Legend under the axis label, where it covers nothing; returns how many entries it has."""
+    below = axes.transAxes + ScaledTranslation(0, -0.48, figure.dpi_scale_trans)
+    legend = axes.legend(
+        loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, labelspacing=0.3
+    )
+    return len(legend.get_texts())
 
 
 def _validated(valid: list[dict]) -> list[str]:
@@ -177,15 +190,8 @@ def _line(axes: Axes, records: list[dict], axis: str, key: str, **look: Any) -> 
 def _mark_best(axes: Axes, valid: list[dict], axis: str, metric: str) -> None:
     scored = [r for r in valid if r.get(metric) is not None]
     best = max(scored, key=lambda r: r[metric])
-    late = best[axis] > (scored[0][axis] + scored[-1][axis]) / 2
-    axes.axvline(best[axis], color=TEXT, linestyle=":", linewidth=1.0)
-    axes.annotate(
-        f"best {best[metric]:.4f}",
-        (best[axis], best[metric]),
-        (-3 if late else 3, 6),
-        textcoords="offset points",
-        fontsize=8.5,
-        ha="right" if late else "left",
+    axes.axvline(
+        best[axis], color=TEXT, linestyle=":", linewidth=1.0, label=f"best {_metric_name(metric)} {best[metric]:.4f}"
     )
 
 
@@ -219,15 +225,45 @@ def ranks(ranks_by_method: dict[str, np.ndarray]) -> Markup:
         return to_svg(figure, "ranks")
 
 
-def codebook(quality: dict) -> Markup:
-    """Depths of the items, node sizes by level, and the variance that each level explains."""
+def codebook_levels(quality: dict) -> Markup:
+    """Use of the codes and explained variance by level."""
+    levels = quality["levels"]
+    x = [level["level"] for level in levels]
+    most = np.log2(quality["num_clusters"])
+    with mpl.rc_context(STYLE):
+        figure, (entropy, perplexity, variance) = new_figure(3, 2.5)
+        look: dict[str, Any] = {"marker": "o", "markersize": 4, "clip_on": False}
+        entropy.plot(x, [level["entropy_bits"] for level in levels], **look)
+        entropy.axhline(most, color=TEXT, linestyle=":", linewidth=1.0)
+        entropy.set_ylim(0, 1.15 * max(most, 1.0))
+        place = (0.99, most)
+        entropy.annotate(
+            "log₂ K", place, (0, 3), entropy.get_yaxis_transform(), "offset points", ha="right", fontsize=8.5
+        )
+        entropy.set_title("entropy of the codes, bits", loc="left")
+        perplexity.plot(x, [level["normalised_perplexity"] for level in levels], **look)
+        perplexity.set_ylim(0, 1.03)
+        perplexity.set_title("perplexity / K", loc="left")
+        variance.plot([0, *x], [0] + [level["variance_explained"] for level in levels], **look)
+        variance.set_ylim(0, 1.03)
+        variance.set_title("variance explained", loc="left")
+        for axes in (entropy, perplexity, variance):
+            axes.set_xlabel("level")
+            axes.margins(x=0.08)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        return to_svg(figure, "codebook-levels")
+
+
+def codebook_sizes(quality: dict) -> Markup:
+    """Depths of the items, and node sizes by level."""
     levels = quality["levels"]
     with mpl.rc_context(STYLE):
-        figure, (depths, sizes, variance) = new_figure(3, 2.8)
+        figure, (depths, sizes) = new_figure(2, 2.9, [1, 2.6])
         histogram = quality["depth_histogram"]
         depths.bar(list(histogram), list(histogram.values()), color=COLOURS[0], width=0.72)
         depths.set_title("items by code length", loc="left")
         depths.set_xlabel("codes")
+        depths.yaxis.set_major_formatter(EngFormatter(sep=""))
         depths.grid(axis="x", visible=False)
 
         most = max(len(level["size_histogram"]["nodes"]) for level in levels)
@@ -236,21 +272,37 @@ def codebook(quality: dict) -> Markup:
             shares = np.array(nodes + [0] * (most - len(nodes))) / level["nodes"]
             place = np.arange(most) + (i - (len(levels) - 1) / 2) * 0.8 / len(levels)
             sizes.bar(place, shares, width=0.8 / len(levels), label=f"level {level['level']}", color=COLOURS[i % 8])
-        names = [str(2**b) if b == 0 else f"{2**b}–{2 ** (b + 1) - 1}" for b in range(most)]
-        sizes.set_xticks(range(most), names, rotation=40, ha="right")
+        names = [_short(2**b) if b == 0 else f"{_short(2**b)}–{_short(2 ** (b + 1) - 1)}" for b in range(most)]
+        sizes.set_xticks(range(most), names, rotation=40, ha="right", rotation_mode="anchor")
         sizes.set_title("share of nodes by size", loc="left")
         sizes.set_xlabel("items below the node")
         sizes.grid(axis="x", visible=False)
         if len(levels) > 1:
-            sizes.legend()
+            sizes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        return to_svg(figure, "codebook-sizes")
 
-        x = [0] + [level["level"] for level in levels]
-        variance.plot(x, [0] + [level["variance_explained"] for level in levels], marker="o", markersize=4)
-        variance.set_xticks(x)
-        variance.set_ylim(0, 1.03)
-        variance.set_title("variance explained", loc="left")
-        variance.set_xlabel("level")
-        return to_svg(figure, "codebook")
+
+def _short(value: int) -> str:
+    """A size in at most four characters."""
+    for unit, name in ((10**6, "M"), (10**3, "k")):
+        if value >= unit:
+            return f"{value / unit:.0f}{name}"
+    return str(value)
+
+
+def kmeans_curves(objective: list[float], imbalance: list[float]) -> Markup:
+    """Objective, relative to the first, and largest cluster over the mean one, by iteration of one k-means."""
+    with mpl.rc_context(STYLE):
+        figure, panels = new_figure(2, 2.5)
+        relative = [value / objective[0] if objective[0] else 1.0 for value in objective]
+        for axes, title, values in zip(
+            panels, ("objective / first", "largest cluster / mean"), (relative, imbalance), strict=True
+        ):
+            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3)
+            axes.set_title(title, loc="left")
+            axes.set_xlabel("iteration")
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        return to_svg(figure, "kmeans")
 
 
 def maps(panels: list[Map]) -> Markup:

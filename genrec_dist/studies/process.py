@@ -116,7 +116,7 @@ def _maps(data: RunData) -> list[Block]:
     else:
         sources |= {"collaborative": (lightgcn, "lightgcn")} if lightgcn else {}
         coded = data.folder(IDENTIFIERS)
-        title = "quantised" if data.config.identifiers.tokenizer == "rqvae" else "joint"
+        title = "quantised" if data.config.identifiers.tokenizer in ("rqvae", "residual_kmeans") else "joint"
         sources |= {title: (coded, IDENTIFIERS)} if coded else {}
     sources = {title: source for title, source in sources.items() if (source[0] / ARRAY).exists()}
     if num_items < 10 or not sources:

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from genrec_dist.artifacts.reader import EmbeddingStore
+from genrec_dist.identifiers.quality import nearest_rows
 
 NUM_NEIGHBOURS = 10
 NUM_QUERIES = 4000
-QUERIES_AT_ONCE = 256
 NUM_LABELS = 8
 SEPARATOR = " > "
 
@@ -110,14 +110,9 @@ def neighbour_purity(table: np.ndarray, labels: np.ndarray, seed: int = 0) -> di
     queries = known
     if len(known) > NUM_QUERIES:
         queries = np.sort(np.random.default_rng(seed).choice(known, NUM_QUERIES, replace=False))
-    squares = np.square(table).sum(1)
-    shares = np.empty(len(queries))
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        rows = queries[start : start + QUERIES_AT_ONCE]
-        distance = squares[None] - 2 * table[rows] @ table.T
-        distance[np.arange(len(rows)), rows] = np.inf
-        nearest = np.argpartition(distance, neighbours - 1, axis=1)[:, :neighbours]
-        shares[start : start + len(rows)] = (labels[nearest] == labels[rows, None]).mean(1)
+    asked = 2 * table[queries]
+    nearest = nearest_rows(table, queries, neighbours, lambda rows: asked @ rows.T - np.square(rows).sum(1))
+    shares = (labels[nearest] == labels[queries, None]).mean(1)
     sizes = np.bincount(labels[known])
     half = 1.96 * float(shares.std()) / np.sqrt(len(queries))
     purity = float(shares.mean())

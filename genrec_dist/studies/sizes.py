@@ -102,7 +102,7 @@ def expected_codebook(config: IdentifierConfig, num_items: int) -> CodebookSize:
         while branch**depth < num_items:
             depth += 1
     else:
-        depth = config.num_levels + (config.tokenizer == "rqvae" and config.collisions == "dedup")
+        depth = config.num_levels + (config.tokenizer in ("rqvae", "residual_kmeans") and config.collisions == "dedup")
     inner = [min(branch**level, num_items) for level in range(1, depth)]
     spread = 1 if config.balanced else 4
     widths = tuple(min(branch, num_items, spread * math.ceil(num_items / branch**level)) for level in range(depth))

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans
 
-from genrec_dist.identifiers.kmeans import assign, balanced_assign, kmeans, plus_plus_start, squared_distances
+from genrec_dist.identifiers.kmeans import KMeansOptions, balanced_assign, kmeans, squared_distances
+from genrec_dist.identifiers.points import LocalPoints
+from genrec_dist.identifiers.rows import ArrayRows
+from genrec_dist.identifiers.starts import plus_plus_start
 
 
 def cloud(n: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -22,25 +25,28 @@ def loss(points: np.ndarray, labels: np.ndarray) -> float:
     return sum(((points[labels == c] - points[labels == c].mean(0)) ** 2).sum() for c in np.unique(labels))
 
 
+def options(**how) -> KMeansOptions:
+    return KMeansOptions(**how)
+
+
 def test_distances_and_assignment_against_loops():
     points, centroids = cloud(50, 4), cloud(7, 4, 1)
     slow = np.array([[((p - c) ** 2).sum() for c in centroids] for p in points])
     np.testing.assert_allclose(squared_distances(points, centroids), slow, atol=1e-4)
-    labels, distances = assign(points, centroids)
-    assert (labels == slow.argmin(1)).all()
-    np.testing.assert_allclose(distances, slow.min(1), atol=1e-4)
-
-
-def test_assignment_does_not_depend_on_the_block(monkeypatch):
-    points, centroids = cloud(50, 4), cloud(7, 4, 1)
-    whole = assign(points, centroids)[0]
-    monkeypatch.setattr("genrec_dist.identifiers.kmeans._BLOCK", 8)
-    assert (assign(points, centroids)[0] == whole).all()
+    local = LocalPoints(ArrayRows(points))
+    moments = local.assign(centroids)
+    labels = slow.argmin(1)
+    assert local.labels().tolist() == labels.tolist()
+    assert moments.counts.tolist() == np.bincount(labels, minlength=7).tolist()
+    assert moments.objective == pytest.approx(slow.min(1).sum(), rel=1e-5)
+    for cluster in range(7):
+        np.testing.assert_allclose(moments.sums[cluster], points[labels == cluster].sum(0, np.float64), atol=1e-6)
+        assert moments.errors[cluster] == pytest.approx(slow.min(1)[labels == cluster].sum(), abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_objective_never_rises(seed):
-    result = kmeans(cloud(300, 5, seed), 12, seed=seed, iterations=40, tolerance=0.0)
+    result = kmeans(cloud(300, 5, seed), 12, seed=seed, options=options(iterations=40, tolerance=0.0))
     drops = np.diff(result.objective)
     assert len(drops) > 3
     assert (drops <= 1e-6 * result.objective[0]).all()
@@ -50,25 +56,25 @@ def test_objective_never_rises(seed):
 @pytest.mark.parametrize("balanced", [False, True])
 def test_deterministic_for_a_seed(balanced):
     points = cloud(200, 4)
-    first, second = (kmeans(points, 9, seed=3, balanced=balanced) for _ in range(2))
+    first, second = (kmeans(points, 9, seed=3, options=options(balanced=balanced)) for _ in range(2))
     assert (first.labels == second.labels).all()
     assert (first.centroids == second.centroids).all()
     assert first.objective == second.objective
-    assert (first.labels != kmeans(points, 9, seed=4, balanced=balanced).labels).any()
+    assert (first.labels != kmeans(points, 9, seed=4, options=options(balanced=balanced)).labels).any()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_against_scikit_learn_from_the_same_start(seed):
     points, k = cloud(400, 3, seed), 8
     start = plus_plus_start(points, k, np.random.default_rng([seed, 0]))
-    ours = kmeans(points, k, seed=seed, iterations=200, tolerance=0.0)
+    ours = kmeans(points, k, seed=seed, options=options(iterations=200, tolerance=0.0))
     theirs = KMeans(k, init=start, n_init=1, max_iter=200, tol=0.0, algorithm="lloyd").fit(points)
     assert loss(points, ours.labels) == pytest.approx(theirs.inertia_, rel=1e-3)
 
 
 def test_more_starts_are_never_worse():
     points = cloud(200, 2)
-    one, ten = (kmeans(points, 10, seed=1, num_starts=n).objective[-1] for n in (1, 10))
+    one, ten = (kmeans(points, 10, seed=1, options=options(num_starts=n)).objective[-1] for n in (1, 10))
     assert ten < one
 
 
@@ -76,7 +82,7 @@ def test_separated_clusters_are_found():
     truth = np.repeat(np.arange(5), 30)
     points = (100 * np.eye(5)[truth] + cloud(150, 5)).astype(np.float32)
     for balanced in (False, True):
-        labels = kmeans(points, 5, seed=0, balanced=balanced).labels
+        labels = kmeans(points, 5, seed=0, options=options(balanced=balanced)).labels
         assert len({(a, b) for a, b in zip(truth.tolist(), labels.tolist())}) == 5
 
 
@@ -88,7 +94,7 @@ POINTS = hnp.arrays(
 @settings(max_examples=60, deadline=None)
 @given(points=POINTS, k=st.integers(1, 12), seed=st.integers(0, 5), balanced=st.booleans())
 def test_no_cluster_is_empty_and_balanced_sizes_differ_by_one(points, k, seed, balanced):
-    labels = kmeans(points, k, seed=seed, balanced=balanced).labels
+    labels = kmeans(points, k, seed=seed, options=options(balanced=balanced)).labels
     sizes = np.bincount(labels, minlength=k)
     assert len(sizes) == k
     if len(points) >= k:
@@ -121,8 +127,8 @@ def test_balanced_assignment_of_two_points_by_hand():
 def test_one_cluster_and_as_many_clusters_as_points():
     points = cloud(12, 2)
     for balanced in (False, True):
-        assert set(kmeans(points, 1, balanced=balanced).labels) == {0}
-        every = kmeans(points, 12, seed=2, balanced=balanced)
+        assert set(kmeans(points, 1, options(balanced=balanced)).labels) == {0}
+        every = kmeans(points, 12, seed=2, options=options(balanced=balanced))
         assert sorted(every.labels.tolist()) == list(range(12))
         assert every.objective[-1] == pytest.approx(0.0, abs=1e-4)
 
@@ -130,4 +136,4 @@ def test_one_cluster_and_as_many_clusters_as_points():
 def test_identical_points_fill_all_clusters():
     points = np.ones((10, 3), np.float32)
     assert set(kmeans(points, 4).labels) == set(range(4))
-    assert np.bincount(kmeans(points, 4, balanced=True).labels).tolist() in ([3, 3, 2, 2],)
+    assert np.bincount(kmeans(points, 4, options(balanced=True)).labels).tolist() in ([3, 3, 2, 2],)

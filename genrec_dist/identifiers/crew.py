@@ -55,6 +55,10 @@ class LocalCrew:
         self.threads, self.resident_bytes = threads, resident_bytes
         self._kept: tuple[object, Rows] = (None, ArrayRows(np.empty((0, 1), np.float32)))
 
+    def size(self, source: Rows | RowSource) -> tuple[int, int]:
+        rows = source.open() if isinstance(source, RowSource) else source
+        return rows.num_rows, rows.dim
+
     def points(self, source: Rows | RowSource) -> LocalPoints:
         return make_points(self.open(source), self.threads, self.on_gpu)
 

@@ -124,6 +124,10 @@ class Job:
 class Crew(Protocol):
     """Who computes: this process, or workers of a cluster. A source is what the crew itself understands."""
 
+    def size(self, source: Any) -> tuple[int, int]:
+        """Rows of a source, and their width."""
+        ...
+
     def points(self, source: Any) -> Points:
         """Rows of a node that all of the crew split."""
         ...
@@ -189,21 +193,18 @@ def build_tree(
         on_iteration: called after each iteration of a node that the whole crew splits.
     """
     crew = crew or LocalCrew()
-    top = crew.points(source)
-    tree = _Codes(top.num_rows)
+    num_rows, dim = crew.size(source)
+    tree = _Codes(num_rows)
     splits: list[Split] = []
     jobs: list[tuple[Job, np.ndarray]] = []
-    large: list[tuple[Path_, Any, np.ndarray, int]] = [((), source, np.arange(top.num_rows), options.seed)]
-    opened: Points | None = top
+    large: list[tuple[Path_, Any, np.ndarray, int]] = [((), source, np.arange(num_rows), options.seed)]
     settled = 0
     while large:
         path, here, items, seed = large.pop()
-        if len(items) <= options.num_clusters or 4 * len(items) * top.dim <= options.task_bytes:
+        if len(items) <= options.num_clusters or 4 * len(items) * dim <= options.task_bytes:
             jobs.append((Job(path, here, len(items), seed, options), items))
             continue
-        points = opened or crew.points(here)
-        opened = None
-        labels, split = _split_by_crew(points, path, seed, options, scratch, on_iteration)
+        labels, split = _split_by_crew(crew, here, path, seed, options, scratch, on_iteration)
         splits.append(Split(path, int(items[0]), split.centroids, split.log))
         tree.set(items, len(path), labels)
         folder = None if scratch is None else scratch / f"rows{_name(path)}"
@@ -226,7 +227,8 @@ def build_tree(
 
 
 def _split_by_crew(
-    points: Points,
+    crew: Crew,
+    source: Any,
     path: Path_,
     seed: int,
     options: TreeOptions,
@@ -246,6 +248,7 @@ def _split_by_crew(
             on_iteration(path, state)
 
     state = None if file is None else load_state(file)
+    points = crew.points(source)
     found = kmeans(points, options.num_clusters, options.kmeans, seed=seed, state=state, on_iteration=keep)
     split = Split(path, 0, found.centroids[found.sizes > 0], kmeans_log(found, points.num_rows))
     if done is not None:
@@ -287,17 +290,11 @@ def grow(job: Job, rows: np.ndarray) -> Subtree:
             tree.set(items, len(path), np.arange(len(items), dtype=np.int32))
             continue
         points = rows[items] if len(items) < len(rows) else rows
-        if (points == points[0]).all():  # nothing to cluster: split evenly, or the tree would grow into a comb
-            labels = np.arange(len(items)) * k // len(items)
-            split = Split(path, int(items[0]), points[: labels[-1] + 1], {"rows": len(items)})
-        else:
-            found = kmeans(LocalPoints(ArrayRows(points)), k, options, seed=seed)
-            labels = found.labels
-            split = Split(path, int(items[0]), found.centroids[found.sizes > 0], kmeans_log(found, len(items)))
-        splits.append(split)
-        tree.set(items, len(path), labels)
-        order = np.argsort(labels, kind="stable")
-        for cluster, members in enumerate(np.split(items[order], np.cumsum(np.bincount(labels, minlength=k))[:-1])):
+        found = kmeans(LocalPoints(ArrayRows(points)), k, options, seed=seed)
+        splits.append(Split(path, int(items[0]), found.centroids[found.sizes > 0], kmeans_log(found, len(items))))
+        tree.set(items, len(path), found.labels)
+        order = np.argsort(found.labels, kind="stable")
+        for cluster, members in enumerate(np.split(items[order], np.cumsum(found.sizes)[:-1])):
             if len(members) > 1:
                 pending.append((members, child_seed(seed, cluster), (*path, cluster)))
     codes, depth = tree.finish()

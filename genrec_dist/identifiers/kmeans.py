@@ -19,6 +19,7 @@ EXACT_BALANCE = 1 << 24
 """Balanced: up to so many (row, cluster) pairs, deferred acceptance over the whole matrix; above, prices."""
 PRICE_PASSES, LAST_PRICE_PASSES = 4, 40
 BALANCE_TOLERANCE = 0.02
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -179,22 +180,35 @@ def means(moments: Moments, before: np.ndarray, metric: str = "euclidean") -> np
 
 
 def fill_empty(points: Points, moments: Moments) -> tuple[Moments, np.ndarray]:
-    """Give every empty cluster the farthest row of a cluster that errs much; returns moments and the clusters filled.
+    """Refill every empty cluster from clusters that err much; returns moments and the clusters refilled.
 
-    Clusters of the largest errors give first, each as evenly as it goes.
+    An empty cluster gets the farthest row of a donor, the donors of the largest errors first. Rows that are all alike
+    are shared out evenly instead: one at a time they would make a tree into a comb.
     """
-    filled = np.flatnonzero(moments.counts == 0)
+    refilled = np.flatnonzero(moments.counts == 0)
     while len(empty := np.flatnonzero(moments.counts == 0)):
         donors = np.flatnonzero(moments.counts > 1)
         if not len(donors):
             break
         donors = donors[np.lexsort((donors, -moments.counts[donors], -moments.errors[donors]))][: len(empty)]
-        share = -(-len(empty) // len(donors))
-        wanted = {int(c): min(share, int(moments.counts[c]) - 1) for c in donors}
+        alike = _rows_alike(moments)
+        takers = {int(donor): empty[place :: len(donors)] for place, donor in enumerate(donors)}
+        wanted, places = {}, []
+        for donor, taking in takers.items():
+            count, shares = int(moments.counts[donor]), len(taking)
+            give = max(count * shares // (shares + 1) if alike[donor] else shares, 1)
+            wanted[donor] = min(give, count - 1)
+            places.append(taking[np.arange(wanted[donor]) * shares // max(shares, wanted[donor])])
         found = points.farthest(wanted)
-        rows = np.concatenate([found[c] for c in wanted])[: len(empty)]
-        moments = points.move(rows, empty[: len(rows)].astype(np.int32), np.zeros(len(rows), np.float32))
-    return moments, filled[moments.counts[filled] > 0]
+        rows = np.concatenate([found[donor] for donor in wanted])
+        moments = points.move(rows, np.concatenate(places).astype(np.int32), np.zeros(len(rows), np.float32))
+    return moments, refilled[moments.counts[refilled] > 0]
+
+
+def _rows_alike(moments: Moments) -> np.ndarray:
+    """Clusters whose rows differ by no more than the rounding of squared distances, (K,) bool."""
+    square = (moments.sums**2).sum(1) / np.maximum(moments.counts, 1)
+    return moments.errors <= ROUNDING * square
 
 
 # Balanced

@@ -126,12 +126,16 @@ class RayCrew:
 
     # The rows of a node
 
-    def points(self, source: RowSource) -> PooledPoints:
+    def size(self, source: RowSource) -> tuple[int, int]:
         rows = source.open()
-        self.source, self.bounds = source, ranges(rows.num_rows, rows.dim, len(self.actors))
+        return rows.num_rows, rows.dim
+
+    def points(self, source: RowSource) -> PooledPoints:
+        num_rows, dim = self.size(source)
+        self.source, self.bounds = source, ranges(num_rows, dim, len(self.actors))
         self.base, self.since = [[] for _ in self.actors], [[] for _ in self.actors]
-        self._settle([("open", (source, start, stop, rows.num_rows)) for start, stop in self.bounds])
-        return PooledPoints(self, self.bounds, rows.dim)
+        self._settle([("open", (source, start, stop, num_rows)) for start, stop in self.bounds])
+        return PooledPoints(self, self.bounds, dim)
 
     def descend(self, points: PooledPoints, labels: np.ndarray, codebook: np.ndarray) -> PooledPoints:
         """Points of what a level of codes leaves."""
@@ -236,7 +240,7 @@ class RayCrew:
             ]
         )
         sizes = [np.bincount(part, minlength=num_clusters) for part in parts]
-        dim = source.open().dim
+        _, dim = self.size(source)
         return [RowSource(parts=one, dim=dim) for one in parts_by_cluster(files, sizes)]
 
     def grow(self, jobs: list[Job], work: Callable[[Job, np.ndarray], Subtree]) -> Iterator[tuple[Job, Subtree]]:

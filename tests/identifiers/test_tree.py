@@ -81,6 +81,20 @@ def test_every_item_has_one_leaf_and_sizes_add_up(n, k, seed, distinct):
         assert len(np.unique(tree.codes[inside, len(split.path)])) == len(split.centroids)
 
 
+@pytest.mark.parametrize("task_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_rows_that_are_alike_are_shared_out_evenly(task_bytes, balanced):
+    """4,000 times one row, and 100 others: a tree of the least depth, not a comb."""
+    rows = np.concatenate([np.full((4000, 5), 0.3, np.float32), cloud(100)])
+    options = KMeansOptions(iterations=5, balanced=balanced)
+    tree = build_tree(ArrayRows(rows), TreeOptions(8, 0, options, task_bytes))
+    assert tree.depth.max() <= 8  # a comb would have hundreds of levels
+    build_trie(tree.codes, tree.depth)
+    alone = build_tree(ArrayRows(rows[:4000]), TreeOptions(8, 0, options, task_bytes))
+    assert alone.depth.max() == 4
+    assert np.bincount(alone.codes[:, 0]).tolist() == [500] * 8
+
+
 def test_a_node_is_one_kmeans_seeded_by_its_path():
     rows = cloud(900)
     tree = build_tree(ArrayRows(rows), TreeOptions(6, 11, OPTIONS, task_bytes=1))

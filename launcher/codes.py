@@ -39,7 +39,8 @@ def extend(source: str, embeddings: str, out: Path, skip: int, stage: str, runs:
     with new_folder(out, "extended", folder.name) as building:
         found = tree.extend_codes(splits, codes, store.rows(range(skip, store.num_items)))
         trie.build_trie(found.codes, found.depth).save(building)
-        shutil.copyfile(folder / tree.FILE, building / tree.FILE)  # so that it can be extended again
+        for name in (tree.FILE, tree.CENTROIDS):  # so that it can be extended again
+            shutil.copyfile(folder / name, building / name)
         write_json(building / "extension.json", found.report)
     report = found.report
     console.print(

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -71,6 +72,7 @@ class EmbeddingStore:
                 fix="run the stage that builds it",
             )
         self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._mapping = Lock()
 
     @cached_property
     def failed(self) -> np.ndarray:
@@ -223,16 +225,18 @@ class EmbeddingStore:
 
     def _raw(self, shard: int) -> np.ndarray:
         """Rows of a shard as stored, mapped where the layout allows."""
-        if shard in self._mapped:
-            self._mapped.move_to_end(shard)
-            return self._mapped[shard]
+        with self._mapping:  # several threads may read
+            if shard in self._mapped:
+                self._mapped.move_to_end(shard)
+                return self._mapped[shard]
         start, end = shard_rows(shard, self.num_items, self.rows_per_shard)
         values = self._map(shard, end - start) if self._is_plain else None
         if values is None:
             return np.asarray(self.array[start:end])
-        self._mapped[shard] = values
-        while len(self._mapped) > MAX_MAPPED:
-            self._mapped.popitem(last=False)
+        with self._mapping:
+            self._mapped[shard] = values
+            while len(self._mapped) > MAX_MAPPED:
+                self._mapped.popitem(last=False)
         return values
 
     @cached_property

@@ -55,6 +55,10 @@ class LocalCrew:
         self.threads, self.resident_bytes = threads, resident_bytes
         self._kept: tuple[object, Rows] = (None, ArrayRows(np.empty((0, 1), np.float32)))
 
+    @property
+    def slots(self) -> int:
+        return self.threads
+
     def size(self, source: Rows | RowSource) -> tuple[int, int]:
         rows = source.open() if isinstance(source, RowSource) else source
         return rows.num_rows, rows.dim

@@ -10,9 +10,10 @@ Source: PRORec section 3.3 (Unified Codes), after EAGER and RecForest.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ from genrec_dist.identifiers.rows import ArrayRows
 
 TASK_BYTES = 256 << 20
 """Rows of a subtree that one task takes, at most."""
+SMALL_TASK, TASKS_A_SLOT = 4 << 20, 8
+"""Where several tasks run at once, they are made smaller than that, down to SMALL_TASK, to be so many for each slot."""
 Path_ = tuple[int, ...]
 
 
@@ -58,11 +61,12 @@ class Split:
         log: rows, objective, imbalance and splits by iteration.
 
     Shapes:
-        centroids: (children, dim) float32, by code, of children that have items.
+        codes: (m,) int32, children of two rows or more. centroids: (m, dim) float32, theirs.
     """
 
     path: Path_
     item: int
+    codes: np.ndarray
     centroids: np.ndarray
     log: dict[str, Any]
 
@@ -80,32 +84,36 @@ class Subtree:
     splits: list[Split] = field(default_factory=list)
 
     def save(self, file: Path) -> None:
-        """Write one safetensors file, whole or not at all."""
-        sizes = np.array([len(split.centroids) for split in self.splits], np.int64)
+        """Write a safetensors file, after a .npy file of centroids beside it; each whole or not at all."""
         dim = self.splits[0].centroids.shape[1] if self.splits else 0
         arrays = {
             "codes": self.codes,
             "depth": self.depth,
             "items": np.array([split.item for split in self.splits], np.int64),
-            "sizes": sizes,
-            "centroids": np.concatenate([np.empty((0, dim), np.float32), *(split.centroids for split in self.splits)]),
+            "sizes": np.array([len(split.codes) for split in self.splits], np.int64),
+            "split_codes": np.concatenate([np.empty(0, np.int32), *(split.codes for split in self.splits)]),
         }
         about = json.dumps([{"path": split.path, "log": split.log} for split in self.splits])
+        buffer = io.BytesIO()
+        none = np.empty((0, dim), np.float32)
+        np.save(buffer, np.concatenate([none, *(split.centroids for split in self.splits)]), allow_pickle=False)
+        write_atomic(file.with_suffix(".npy"), buffer.getvalue())
         write_atomic(file, save(arrays, {"splits": about}))
 
     @classmethod
     def load(cls, file: Path) -> Subtree | None:
-        """What `save` wrote; None when there is none that can be read."""
+        """What `save` wrote, centroids mapped into memory; None when there is none that can be read."""
         try:
             with safe_open(file, "np") as found:
                 arrays = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
                 about = json.loads(found.metadata()["splits"])
-        except (FileNotFoundError, SafetensorError):
+            stops = np.cumsum(arrays["sizes"])
+            whole = np.load(file.with_suffix(".npy"), mmap_mode="r" if len(stops) and stops[-1] else None)
+        except (FileNotFoundError, SafetensorError, ValueError):
             return None
-        parts = np.split(arrays["centroids"], np.cumsum(arrays["sizes"])[:-1]) if len(arrays["sizes"]) else []
         splits = [
-            Split(tuple(one["path"]), int(item), centroids, one["log"])
-            for one, item, centroids in zip(about, arrays["items"], parts, strict=True)
+            Split(tuple(one["path"]), int(item), arrays["split_codes"][start:stop], whole[start:stop], one["log"])
+            for one, item, start, stop in zip(about, arrays["items"], stops - arrays["sizes"], stops, strict=True)
         ]
         return cls(arrays["codes"], arrays["depth"], splits)
 
@@ -138,6 +146,11 @@ class Crew(Protocol):
 
     def descend(self, points: Any, labels: np.ndarray, codebook: np.ndarray) -> Points:
         """Points of what a level of codes leaves."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Tasks that run at once."""
         ...
 
     def grow(self, jobs: list[Job], work: Callable[[Job, np.ndarray], Subtree]) -> Iterator[tuple[Job, Subtree]]:
@@ -195,17 +208,20 @@ def build_tree(
     crew = crew or LocalCrew()
     num_rows, dim = crew.size(source)
     tree = _Codes(num_rows)
+    task_bytes = options.task_bytes
+    if crew.slots > 1:
+        task_bytes = min(task_bytes, max(SMALL_TASK, 4 * num_rows * dim // (TASKS_A_SLOT * crew.slots)))
     splits: list[Split] = []
     jobs: list[tuple[Job, np.ndarray]] = []
     large: list[tuple[Path_, Any, np.ndarray, int]] = [((), source, np.arange(num_rows), options.seed)]
     settled = 0
     while large:
         path, here, items, seed = large.pop()
-        if len(items) <= options.num_clusters or 4 * len(items) * dim <= options.task_bytes:
+        if len(items) <= options.num_clusters or 4 * len(items) * dim <= task_bytes:
             jobs.append((Job(path, here, len(items), seed, options), items))
             continue
         labels, split = _split_by_crew(crew, here, path, seed, options, scratch, on_iteration)
-        splits.append(Split(path, int(items[0]), split.centroids, split.log))
+        splits.append(replace(split, path=path, item=int(items[0])))
         tree.set(items, len(path), labels)
         folder = None if scratch is None else scratch / f"rows{_name(path)}"
         order = np.argsort(labels, kind="stable")
@@ -218,7 +234,7 @@ def build_tree(
                 large.append(((*path, cluster), below, part, child_seed(seed, cluster)))
     for job, subtree, items in _grown(jobs, crew, scratch):
         tree.graft(items, len(job.path), subtree)
-        splits += [Split(job.path + s.path, int(items[s.item]), s.centroids, s.log) for s in subtree.splits]
+        splits += [replace(s, path=job.path + s.path, item=int(items[s.item])) for s in subtree.splits]
         settled += len(items)
         if on_split is not None:
             on_split(settled)
@@ -250,7 +266,7 @@ def _split_by_crew(
     state = None if file is None else load_state(file)
     points = crew.points(source)
     found = kmeans(points, options.num_clusters, options.kmeans, seed=seed, state=state, on_iteration=keep)
-    split = Split(path, 0, found.centroids[found.sizes > 0], kmeans_log(found, points.num_rows))
+    split = _split(path, 0, found, points.num_rows)
     if done is not None:
         Subtree(found.labels[:, None], np.ones(len(found.labels), np.int32), [split]).save(done)
     return found.labels, split
@@ -271,7 +287,9 @@ def _grown(
     waiting.sort(key=lambda job: (-job.num_rows, job.path))
     for job, subtree in crew.grow(waiting, grow):
         if scratch is not None and job.path:
-            subtree.save(scratch / f"subtree{_name(job.path)}.safetensors")
+            file = scratch / f"subtree{_name(job.path)}.safetensors"
+            subtree.save(file)
+            subtree = Subtree.load(file) or subtree  # centroids stay on disk
         yield job, subtree, items[job.path]
 
 
@@ -291,14 +309,19 @@ def grow(job: Job, rows: np.ndarray) -> Subtree:
             continue
         points = rows[items] if len(items) < len(rows) else rows
         found = kmeans(LocalPoints(ArrayRows(points)), k, options, seed=seed)
-        splits.append(Split(path, int(items[0]), found.centroids[found.sizes > 0], kmeans_log(found, len(items))))
+        splits.append(_split(path, int(items[0]), found, len(items)))
         tree.set(items, len(path), found.labels)
         order = np.argsort(found.labels, kind="stable")
         for cluster, members in enumerate(np.split(items[order], np.cumsum(found.sizes)[:-1])):
-            if len(members) > 1:
-                pending.append((members, child_seed(seed, cluster), (*path, cluster)))
+            if len(members) > 1:  # one that lists its items draws nothing
+                pending.append((members, child_seed(seed, cluster) if len(members) > k else 0, (*path, cluster)))
     codes, depth = tree.finish()
     return Subtree(codes, depth, splits)
+
+
+def _split(path: Path_, item: int, found: KMeansResult, num_rows: int) -> Split:
+    shared = np.flatnonzero(found.sizes > 1)  # a child of one row is a leaf: nothing will be put below it
+    return Split(path, item, shared.astype(np.int32), found.centroids[shared], kmeans_log(found, num_rows))
 
 
 def kmeans_log(found: KMeansResult, num_rows: int) -> dict[str, Any]:
@@ -346,13 +369,13 @@ def _name(path: Path_) -> str:
     return "".join(f"-{code}" for code in path)
 
 
-STATE_ARRAYS, STATE_LISTS = ("centroids", "prices", "steps"), ("start", "objective", "imbalance", "splits")
+STATE_LISTS = ("start", "objective", "imbalance", "splits")
 
 
 def save_state(state: KMeansState, file: Path) -> None:
     """Write what an interrupted k-means goes on from, whole or not at all."""
     parts = {"now": state} | ({"best": state.best} if state.best else {})
-    arrays = {f"{part}.{name}": getattr(one, name) for part, one in parts.items() for name in STATE_ARRAYS}
+    arrays = {part: one.centroids for part, one in parts.items()}
     about = {part: json.dumps({name: getattr(one, name) for name in STATE_LISTS}) for part, one in parts.items()}
     write_atomic(file, save(arrays, about))
 
@@ -362,9 +385,7 @@ def load_state(file: Path) -> KMeansState | None:
     try:
         with safe_open(file, "np") as found:
             parts = {
-                part: KMeansState(
-                    **{name: found.get_tensor(f"{part}.{name}") for name in STATE_ARRAYS}, **json.loads(about)
-                )
+                part: KMeansState(found.get_tensor(part), **json.loads(about))
                 for part, about in found.metadata().items()
             }
     except (FileNotFoundError, SafetensorError):

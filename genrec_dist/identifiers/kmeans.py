@@ -15,9 +15,9 @@ from genrec_dist.identifiers.points import LocalPoints, Moments, Points, one_thr
 from genrec_dist.identifiers.rows import ArrayRows, unit
 from genrec_dist.identifiers.starts import Start, choose_start
 
-EXACT_BALANCE = 1 << 24
-"""Balanced: up to so many (row, cluster) pairs, deferred acceptance over the whole matrix; above, prices."""
-PRICE_PASSES, LAST_PRICE_PASSES = 4, 40
+PRICE_PASSES, LAST_PRICE_PASSES = 12, 40
+FIRST_STEP = 0.02
+"""Of a price, as a share of the mean squared distance."""
 BALANCE_TOLERANCE = 0.02
 ROUNDING = 1e-6
 
@@ -57,7 +57,6 @@ class KMeansState:
 
     Shapes:
         centroids: (K, dim) float32, of the next assignment.
-        prices: (K,) float64, balanced only, else zeros; steps: likewise, of the prices.
     """
 
     centroids: np.ndarray
@@ -65,8 +64,6 @@ class KMeansState:
     objective: list[float] = field(default_factory=list)
     imbalance: list[float] = field(default_factory=list)
     splits: list[int] = field(default_factory=list)
-    prices: np.ndarray = field(default_factory=lambda: np.empty(0))
-    steps: np.ndarray = field(default_factory=lambda: np.empty(0))
     best: KMeansState | None = None
 
 
@@ -130,8 +127,8 @@ def kmeans(
         for start in range(0 if state is None else state.start, num_starts):
             if state is None:
                 first = choose_start(points, k, options.start, (seed, start)) if centroids is None else centroids
-                state = KMeansState(first.astype(np.float32), start, prices=np.zeros(k), steps=np.zeros(k), best=best)
-            while len(state.objective) < options.iterations and not _settled(state.objective, options.tolerance):
+                state = KMeansState(first.astype(np.float32), start, best=best)
+            while len(state.objective) < options.iterations and not _settled(state.objective, options):
                 moments, _ = _assign(points, state, options, last=False)
                 state.centroids = means(moments, state.centroids, options.metric)
                 if on_iteration is not None:
@@ -154,15 +151,19 @@ def kmeans(
     )
 
 
-def _settled(objective: list[float], tolerance: float) -> bool:
-    return len(objective) > 1 and objective[-2] - objective[-1] <= tolerance * objective[-2]
+def _settled(objective: list[float], options: KMeansOptions) -> bool:
+    """Whether the objective has stopped falling; a balanced one, of nearly equal sizes, may rise a little."""
+    if len(objective) < 2:
+        return False
+    fall = objective[-2] - objective[-1]
+    return (abs(fall) if options.balanced else fall) <= options.tolerance * objective[-2]
 
 
 def _assign(points: Points, state: KMeansState, options: KMeansOptions, last: bool) -> tuple[Moments, np.ndarray]:
     """Assign by the options, fill empty clusters, note what came of it; returns moments and the clusters refilled."""
     refilled = np.empty(0, np.int64)
     if options.balanced:
-        moments = _assign_balanced(points, state, last)
+        moments = _assign_balanced(points, state.centroids, last)
     else:
         moments, refilled = fill_empty(points, points.assign(state.centroids))
     state.objective.append(moments.objective)
@@ -214,42 +215,38 @@ def _rows_alike(moments: Moments) -> np.ndarray:
 # Balanced
 
 
-def _assign_balanced(points: Points, state: KMeansState, last: bool) -> Moments:
-    if points.num_rows * len(state.centroids) <= EXACT_BALANCE:
-        rows = np.arange(points.num_rows)
-        labels, distances = balanced_assign(points.take(rows), state.centroids)
-        points.assign(state.centroids)
-        return points.move(rows, labels.astype(np.int32), distances)
-    moments = _raise_prices(points, state, LAST_PRICE_PASSES if last else PRICE_PASSES)
-    return _even_out(points, state, moments) if last else moments
+def _assign_balanced(points: Points, centroids: np.ndarray, last: bool) -> Moments:
+    """Nearly equal sizes by prices; at the end exactly equal ones."""
+    moments, prices = _raise_prices(points, centroids, LAST_PRICE_PASSES if last else PRICE_PASSES)
+    return _even_out(points, centroids, prices, moments) if last else moments
 
 
-def _raise_prices(points: Points, state: KMeansState, passes: int) -> Moments:
+def _raise_prices(points: Points, centroids: np.ndarray, passes: int) -> tuple[Moments, np.ndarray]:
     """Ascent on the dual of the transport problem: a cluster with too many rows gets dearer, one with too few cheaper.
 
     The dual's gradient in a price is the cluster's excess; each price has a step of its own, which grows while the sign
-    stays and halves when it turns. A pass costs one assignment; K numbers travel.
+    stays and halves when it turns. A pass costs one assignment; K numbers travel. Prices begin at zero each time: once
+    centroids have moved, the old ones lead astray.
 
     Source: step rule of Riedmiller and Braun (1993), Rprop.
     """
-    capacity = points.num_rows / len(state.centroids)
-    moments = points.assign(state.centroids, state.prices)
-    if not state.steps.any():
-        state.steps = np.full(len(state.centroids), 0.1 * moments.objective / points.num_rows)
-    before = np.zeros(len(state.centroids))
+    k = len(centroids)
+    capacity = points.num_rows / k
+    prices, before = np.zeros(k), np.zeros(k)
+    moments = points.assign(centroids, prices)
+    steps = np.full(k, FIRST_STEP * moments.objective / max(1, points.num_rows))
     for _ in range(passes):
         excess = moments.counts - capacity
         if np.abs(excess).max() <= max(1.0, BALANCE_TOLERANCE * capacity):
             break
         sign = np.sign(excess)
-        state.steps = state.steps * np.where(sign * before > 0, 1.3, np.where(sign * before < 0, 0.5, 1.0))
-        state.prices = state.prices + sign * state.steps
-        before = sign
-        moments = points.assign(state.centroids, state.prices)
-    return moments
+        steps = steps * np.where(sign * before > 0, 1.3, np.where(sign * before < 0, 0.5, 1.0))
+        prices, before = prices + sign * steps, sign
+        moments = points.assign(centroids, prices)
+    return moments, prices
 
 
-def _even_out(points: Points, state: KMeansState, moments: Moments) -> Moments:
+def _even_out(points: Points, centroids: np.ndarray, prices: np.ndarray, moments: Moments) -> Moments:
     """Exact sizes: rows to which it costs least leave clusters that have too many for those that have room."""
     capacity = capacities(moments.counts, points.num_rows)
     excess = moments.counts - capacity
@@ -257,8 +254,8 @@ def _even_out(points: Points, state: KMeansState, moments: Moments) -> Moments:
     if not wanted:
         return moments
     room = np.flatnonzero(excess < 0)
-    rows = points.leavers(state.centroids, state.prices, wanted, room)
-    cost = squared_distances(points.take(rows), state.centroids[room])
+    rows = points.leavers(centroids, prices, wanted, room)
+    cost = squared_distances(points.take(rows), centroids[room])
     places = deferred_acceptance(cost, -excess[room])
     return points.move(rows, room[places].astype(np.int32), cost[np.arange(len(rows)), places])
 
@@ -268,17 +265,6 @@ def capacities(counts: np.ndarray, num_rows: int) -> np.ndarray:
     out = np.full(len(counts), num_rows // len(counts))
     out[np.argsort(-counts, kind="stable")[: num_rows % len(counts)]] += 1
     return out
-
-
-def balanced_assign(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Assignment with cluster sizes within one of each other, and squared distances; memory n x K.
-
-    Shapes:
-        points: (n, dim) float32. returns: (n,) int64, (n,) float32.
-    """
-    cost = squared_distances(points, centroids)
-    labels = deferred_acceptance(cost, capacities(np.bincount(cost.argmin(1), minlength=len(centroids)), len(points)))
-    return labels, cost[np.arange(len(points)), labels]
 
 
 def deferred_acceptance(cost: np.ndarray, capacity: np.ndarray) -> np.ndarray:

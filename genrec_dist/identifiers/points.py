@@ -288,9 +288,11 @@ class LocalPoints:
             if not len(here):
                 return
             values, own = self.rows.read(start, stop)[here], self._labels[start:stop][here]
-            other = (half[room] - values @ centroids[room].T).min(1)
-            staying = half[own] - np.einsum("nd,nd->n", values, centroids[own])
-            regret[start + here] = other - staying
+            for low in range(0, len(here), PRODUCT_ROWS):
+                block, now = values[low : low + PRODUCT_ROWS], own[low : low + PRODUCT_ROWS]
+                other = (half[room] - block @ centroids[room].T).min(1)
+                staying = half[now] - np.einsum("nd,nd->n", block, centroids[now])
+                regret[start + here[low : low + PRODUCT_ROWS]] = other - staying
 
         self._each(work)
         return {c: self._least(np.flatnonzero(self._labels == c), regret, n) for c, n in wanted.items()}
@@ -302,8 +304,11 @@ class LocalPoints:
 
         def work(start: int, stop: int) -> float:
             values = self.rows.read(start, stop)
-            score = half - values @ centroids.T
-            found = np.maximum(2 * score.min(1) + self._squares[start:stop], 0)
+            best = np.empty(stop - start, np.float32)
+            for low in range(0, stop - start, PRODUCT_ROWS):
+                block = values[low : low + PRODUCT_ROWS]
+                best[low : low + PRODUCT_ROWS] = (half - block @ centroids.T).min(1)
+            found = np.maximum(2 * best + self._squares[start:stop], 0)
             if not first:
                 found = np.minimum(found, self._distances[start:stop])
             self._distances[start:stop] = found

@@ -126,6 +126,10 @@ class RayCrew:
 
     # The rows of a node
 
+    @property
+    def slots(self) -> int:
+        return len(self.actors) * self.threads
+
     def size(self, source: RowSource) -> tuple[int, int]:
         rows = source.open()
         return rows.num_rows, rows.dim

@@ -2,8 +2,8 @@
 
 A tokenizer reads one table (PRORec's integrated embeddings, or text) or two (CSJ-ID: text and LightGCN). Beside these:
 
-- hierarchical_kmeans: splits.safetensors (centroids of every split), kmeans.jsonl (course of each k-means); the table
-  that was coded (Zarr, the artifact itself) when it is made of two
+- hierarchical_kmeans: splits.safetensors and centroids.npy (centroids of every split), kmeans.jsonl (course of each
+  k-means); the table that was coded (Zarr, the artifact itself) when it is made of two
 - residual_kmeans: codebooks.safetensors, kmeans.jsonl, the quantised vectors (Zarr, the artifact itself)
 - rqvae: the quantised vectors (Zarr, the artifact itself), latent/ (Zarr), model.safetensors, curves.jsonl, rqvae.json
 """
@@ -125,7 +125,7 @@ def _build_hierarchical(context: StageContext, settings: dict) -> None:
         )
     finally:
         crew.close()
-    Splits.of(tree.splits, options.num_clusters, settings["metric"], rows.dim).save(context.out)
+    Splits.write(context.out, tree.splits, options.num_clusters, settings["metric"], rows.dim)
     _write_log(context.out, [{"path": list(split.path), **split.log} for split in tree.splits])
     plain = _source(context, settings).open()
     _keep_joint_table(context, plain)

@@ -7,6 +7,7 @@ its items. Nothing is trained, nothing is moved.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from genrec_dist.artifacts.embeddings import space_checked
 from genrec_dist.artifacts.files import write_atomic
 from genrec_dist.errors import ArtifactError, DataError
 from genrec_dist.identifiers.hierarchical import Split
@@ -23,13 +25,12 @@ from genrec_dist.identifiers.points import PRODUCT_ROWS
 from genrec_dist.identifiers.rows import unit
 from genrec_dist.identifiers.trie import Trie
 
-FILE = "splits.safetensors"
-ROWS_AT_ONCE = 1 << 18
+FILE, CENTROIDS = "splits.safetensors", "centroids.npy"
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Centroids of every node that k-means split.
+    """Centroids of the nodes that k-means split: of their children that have two items or more.
 
     Args:
         num_clusters: K, codes of a level.
@@ -37,8 +38,8 @@ class Splits:
 
     Shapes:
         item: (m,) int64, an item below each node; level: (m,) int32, codes that lead to it.
-        begin: (m + 1,) int64, first centroid of each node, in the order of its children.
-        centroids: (children of all nodes, dim) float32.
+        begin: (m + 1,) int64, first centroid of each node.
+        code: (n,) int32, children; centroids: (n, dim) float32, theirs, mapped into memory.
     """
 
     num_clusters: int
@@ -46,30 +47,34 @@ class Splits:
     item: np.ndarray
     level: np.ndarray
     begin: np.ndarray
+    code: np.ndarray
     centroids: np.ndarray
 
-    @classmethod
-    def of(cls, splits: Sequence[Split], num_clusters: int, metric: str, dim: int) -> Splits:
-        """From what the building of a tree noted."""
-        sizes = [len(split.centroids) for split in splits]
-        return cls(
-            num_clusters,
-            metric,
-            np.array([split.item for split in splits], np.int64),
-            np.array([len(split.path) for split in splits], np.int32),
-            np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
-            np.concatenate([np.empty((0, dim), np.float32), *(split.centroids for split in splits)]),
-        )
-
-    def save(self, folder: Path) -> None:
-        """Write splits.safetensors."""
-        arrays = {name: getattr(self, name) for name in ("item", "level", "begin", "centroids")}
-        about = json.dumps({"num_clusters": self.num_clusters, "metric": self.metric})
+    @staticmethod
+    def write(folder: Path, splits: Sequence[Split], num_clusters: int, metric: str, dim: int) -> Splits:
+        """Write centroids.npy and splits.safetensors from what the building of a tree noted; returns them mapped."""
+        begin = np.concatenate([[0], np.cumsum([len(split.codes) for split in splits], dtype=np.int64)])
+        temporary = folder / f".{CENTROIDS}.tmp"
+        with space_checked(temporary):
+            table = np.lib.format.open_memmap(temporary, "w+", np.float32, (int(begin[-1]), dim))
+            for split, start, stop in zip(splits, begin[:-1], begin[1:], strict=True):
+                table[start:stop] = split.centroids
+            table.flush()
+        del table
+        os.replace(temporary, folder / CENTROIDS)
+        arrays = {
+            "item": np.array([split.item for split in splits], np.int64),
+            "level": np.array([len(split.path) for split in splits], np.int32),
+            "begin": begin,
+            "code": np.concatenate([np.empty(0, np.int32), *(split.codes for split in splits)]),
+        }
+        about = json.dumps({"num_clusters": num_clusters, "metric": metric})
         write_atomic(folder / FILE, save(arrays, {"about": about}))  # one entry: the order of several is not fixed
+        return Splits.load(folder)
 
     @classmethod
     def load(cls, folder: Path) -> Splits:
-        """Read splits.safetensors.
+        """Read what `write` wrote.
 
         Raises:
             ArtifactError: there is none, or it cannot be read.
@@ -78,7 +83,8 @@ class Splits:
             with safe_open(folder / FILE, "np") as found:
                 arrays = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
                 about = json.loads(found.metadata()["about"])
-        except (FileNotFoundError, SafetensorError) as error:
+            centroids = np.load(folder / CENTROIDS, mmap_mode="r" if len(arrays["code"]) else None)
+        except (FileNotFoundError, SafetensorError, ValueError) as error:
             raise ArtifactError(
                 "no splits of a tree of codes",
                 where=folder / FILE,
@@ -86,7 +92,7 @@ class Splits:
                 expected="identifiers made by hierarchical_kmeans",
                 fix="build the identifiers again, or name another folder",
             ) from None
-        return cls(about["num_clusters"], about["metric"], **arrays)
+        return cls(about["num_clusters"], about["metric"], **arrays, centroids=centroids)
 
     def nodes(self, trie: Trie) -> np.ndarray:
         """Trie node of each split, (m,) int64."""
@@ -160,17 +166,20 @@ def extend_codes(splits: Splits, trie: Trie, rows: np.ndarray) -> Extended:
             used = trie.code[first : first + count]
             codes[old + items, level] = np.setdiff1d(np.arange(splits.num_clusters), used)[: len(items)]
             continue
-        centroids = splits.centroids[splits.begin[here] : splits.begin[here + 1]]
-        room = np.minimum(free[first : first + count], len(items))
-        cost = _distances(rows, items, centroids)
+        code = splits.code[splits.begin[here] : splits.begin[here + 1]]
+        child = first + np.searchsorted(trie.code[first : first + count], code)
+        room = np.minimum(free[child], len(items))
+        cost = _distances(rows, items, splits.centroids[splits.begin[here] : splits.begin[here + 1]])
         nearest = cost.argmin(1)
-        child = nearest if (np.bincount(nearest, minlength=count) <= room).all() else deferred_acceptance(cost, room)
-        off_path[items] |= child != nearest
-        codes[old + items, level] = trie.code[first + child]
-        order = np.argsort(child, kind="stable")
-        for one, below in enumerate(np.split(items[order], np.cumsum(np.bincount(child, minlength=count))[:-1])):
+        fits = (np.bincount(nearest, minlength=len(child)) <= room).all()
+        chosen = nearest if fits else deferred_acceptance(cost, room)
+        off_path[items] |= chosen != nearest
+        codes[old + items, level] = code[chosen]
+        order = np.argsort(chosen, kind="stable")
+        stops = np.cumsum(np.bincount(chosen, minlength=len(child)))[:-1]
+        for node, below in zip(child.tolist(), np.split(items[order], stops), strict=True):
             if len(below):
-                pending.append((first + one, below, level + 1))
+                pending.append((node, below, level + 1))
     depth = np.concatenate([trie.depth.astype(np.int32), (codes[old:] >= 0).sum(1, dtype=np.int32)])
     report = {
         "old_items": old,

@@ -162,6 +162,9 @@ class DeepSpeedEngine:
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
         import deepspeed
 
+        # Operators that this machine could compile: none, else a first run on a CPU compiles one that only inference
+        # uses, for minutes.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})
         self.config, self.worker, self.zero_stage = config, worker, zero_stage
         backend = "nccl" if worker.device.type == "cuda" else "gloo"
         os.environ.setdefault("LOCAL_RANK", str(worker.device.index or 0))  # DeepSpeed insists on it

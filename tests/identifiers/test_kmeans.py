@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans
 
-from genrec_dist.identifiers.kmeans import KMeansOptions, balanced_assign, kmeans, squared_distances
+from genrec_dist.identifiers.kmeans import KMeansOptions, capacities, deferred_acceptance, kmeans, squared_distances
 from genrec_dist.identifiers.points import LocalPoints
 from genrec_dist.identifiers.rows import ArrayRows
 from genrec_dist.identifiers.starts import plus_plus_start
@@ -105,23 +105,20 @@ def test_no_cluster_is_empty_and_balanced_sizes_differ_by_one(points, k, seed, b
 
 @settings(max_examples=60, deadline=None)
 @given(points=POINTS, k=st.integers(1, 8), seed=st.integers(0, 5))
-def test_balanced_assignment_gives_the_room_to_the_wanted_centroids(points, k, seed):
-    centroids = cloud(k, points.shape[1], seed)
-    labels, distances = balanced_assign(points, centroids)
-    sizes = np.bincount(labels, minlength=k)
-    assert set(sizes) <= {len(points) // k, -(-len(points) // k)}
-    cost = squared_distances(points, centroids)
-    np.testing.assert_array_equal(distances, cost[np.arange(len(points)), labels])
-    assert distances.sum() >= cost.min(1).sum() - 1e-3
+def test_deferred_acceptance_gives_the_room_there_is(points, k, seed):
+    cost = squared_distances(points, cloud(k, points.shape[1], seed))
+    capacity = capacities(np.bincount(cost.argmin(1), minlength=k), len(points))
+    assert capacity.sum() == len(points)
+    assert set(capacity) <= {len(points) // k, -(-len(points) // k)}
+    labels = deferred_acceptance(cost, capacity)
+    assert np.bincount(labels, minlength=k).tolist() == capacity.tolist()
 
 
-def test_balanced_assignment_of_two_points_by_hand():
-    """Both prefer centroid 0; the one that loses less by moving goes."""
-    points = np.array([[0.0], [1.0]], np.float32)
-    labels, _ = balanced_assign(points, np.array([[0.0], [5.0]], np.float32))
-    assert labels.tolist() == [0, 1]
-    labels, _ = balanced_assign(points[::-1].copy(), np.array([[0.0], [5.0]], np.float32))
-    assert labels.tolist() == [1, 0]
+def test_deferred_acceptance_of_two_rows_by_hand():
+    """Both prefer the first column; the row that loses less by moving goes."""
+    cost = np.array([[0.0, 25.0], [1.0, 16.0]], np.float32)
+    assert deferred_acceptance(cost, np.array([1, 1])).tolist() == [0, 1]
+    assert deferred_acceptance(cost[::-1], np.array([1, 1])).tolist() == [1, 0]
 
 
 def test_one_cluster_and_as_many_clusters_as_points():

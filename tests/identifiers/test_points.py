@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -119,15 +120,12 @@ WAYS = {
     "plus_plus": KMeansOptions(iterations=4, start="plus_plus"),
     "cosine": KMeansOptions(iterations=6, metric="cosine"),
     "balanced": KMeansOptions(iterations=4, balanced=True),
-    "prices": KMeansOptions(iterations=4, balanced=True),
 }
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 7])
 @pytest.mark.parametrize("way", list(WAYS))
-def test_any_number_of_workers_gives_the_same_bits(monkeypatch, way, workers):
-    if way == "prices":
-        monkeypatch.setattr(kmeans_module, "EXACT_BALANCE", 0)
+def test_any_number_of_workers_gives_the_same_bits(way, workers):
     rows = unit(cloud(1700)) if way == "cosine" else cloud(1700)
     one = kmeans(LocalPoints(ArrayRows(rows)), 16, WAYS[way], seed=2)
     many = kmeans(pooled(rows, workers), 16, WAYS[way], seed=2)
@@ -173,9 +171,7 @@ def test_cosine_is_euclidean_of_unit_rows_with_unit_centroids():
     assert found.objective[-1] == pytest.approx((2 - 2 * similarity.max(1)).sum(), rel=1e-4)
 
 
-@pytest.mark.parametrize("exact", [0, 1 << 30])
-def test_balanced_sizes_by_prices_and_by_the_whole_matrix(monkeypatch, exact):
-    monkeypatch.setattr(kmeans_module, "EXACT_BALANCE", exact)
+def test_balanced_sizes_differ_by_one():
     rows = cloud(2003)
     free = kmeans(rows, 16, seed=1)
     found = kmeans(rows, 16, KMeansOptions(balanced=True), seed=1)
@@ -194,15 +190,19 @@ def test_prices_come_close_to_the_best_balanced_assignment():
     cost = kmeans_module.squared_distances(rows, centroids)
     best = cost.repeat(75, axis=1)
     best = best[linear_sum_assignment(best)].sum()
-    points, state = (
-        LocalPoints(ArrayRows(rows)),
-        kmeans_module.KMeansState(centroids, prices=np.zeros(8), steps=np.zeros(8)),
-    )
-    moments = kmeans_module._even_out(points, state, kmeans_module._raise_prices(points, state, 40))
+    points = LocalPoints(ArrayRows(rows))
+    moments = kmeans_module._assign_balanced(points, centroids, last=True)
     assert moments.counts.tolist() == [75] * 8
-    assert moments.objective <= 1.02 * best
-    greedy = kmeans_module.balanced_assign(rows, centroids)[1].sum()
-    assert greedy <= 1.05 * best
+    assert moments.objective <= 1.005 * best
+
+
+def test_balanced_objective_falls_and_sizes_stay_nearly_equal():
+    rows = np.random.default_rng(0).standard_normal((3000, 6), np.float32)
+    found = kmeans(rows, 16, KMeansOptions(iterations=10, balanced=True, tolerance=0.0), seed=1)
+    assert max(found.imbalance[1:]) < 1.3
+    assert found.imbalance[-1] == pytest.approx(188 * 16 / 3000)
+    assert all(after < 1.02 * before for before, after in pairwise(found.objective))
+    assert found.objective[-1] < 0.9 * found.objective[0]
 
 
 def test_parallel_start_is_about_as_good_as_plus_plus():
@@ -247,8 +247,6 @@ def on_device(rows: np.ndarray, resident: int = 1 << 30, **range_of) -> DevicePo
 @pytest.mark.parametrize("resident", [0, 1 << 30])
 def test_torchs_passes_agree_with_numpys(monkeypatch, way, resident):
     """Integers, so that all arithmetic is exact and ties are ties for both."""
-    if way == "prices":
-        monkeypatch.setattr(kmeans_module, "EXACT_BALANCE", 0)
     monkeypatch.setattr("genrec_dist.identifiers.device_points.BLOCK_BYTES", 20_000)
     rows = np.round(8 * cloud(1500))
     rows = unit(rows) if way == "cosine" else rows

@@ -78,7 +78,9 @@ def test_every_item_has_one_leaf_and_sizes_add_up(n, k, seed, distinct):
         inside = (tree.codes[:, : len(split.path)] == np.array(split.path, int)).all(1)
         assert inside[split.item]
         assert inside.sum() == split.log["rows"] > k
-        assert len(np.unique(tree.codes[inside, len(split.path)])) == len(split.centroids)
+        sizes = np.bincount(tree.codes[inside, len(split.path)])
+        assert split.codes.tolist() == np.flatnonzero(sizes > 1).tolist()
+        assert len(split.centroids) == len(split.codes)
 
 
 @pytest.mark.parametrize("task_bytes", [0, 1 << 30])
@@ -109,7 +111,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.parametrize("when", [1, 2, 4, 5, 7, 13])
+@pytest.mark.parametrize("when", [2, 5, 7, 13])
 def test_a_killed_build_goes_on_where_it_was(tmp_path, monkeypatch, when, balanced):
     """Killed after an iteration of a node, or after a subtree; the rest gives the bits of an uninterrupted build."""
     rows, kind = cloud(2000), KMeansOptions(iterations=5, balanced=balanced, num_starts=2)
@@ -131,13 +133,15 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, monkeypatch, when, balanc
         points_module.LocalPoints, "assign", lambda self, *a: (assigned.append(self.num_rows), assign(self, *a))[1]
     )
     same(build_tree(source, options, LocalCrew(2, 0), tmp_path / "scratch"), whole)
-    assert sum(rows == 2000 for rows in assigned) == max(0, 11 - when) * (1 if when < 11 else 0)
+    if not balanced:  # which makes several passes an iteration
+        assert sum(rows == 2000 for rows in assigned) == max(0, 11 - when)
 
 
 def test_a_damaged_or_cut_scratch_file_is_made_again(tmp_path):
     rows, options = cloud(1500), TreeOptions(8, 3, OPTIONS, task_bytes=8000)
     source = stored(tmp_path / "table", rows)
-    whole = build_tree(source, options, LocalCrew(1, 0), tmp_path / "scratch")
+    whole = build_tree(ArrayRows(rows), options)
+    build_tree(source, options, LocalCrew(1, 0), tmp_path / "scratch")
     files = [f for f in (tmp_path / "scratch").iterdir() if f.is_file()]
     assert len(files) > 8
     for file in files:
@@ -146,13 +150,12 @@ def test_a_damaged_or_cut_scratch_file_is_made_again(tmp_path):
 
 
 def test_state_survives_its_file(tmp_path):
-    best = KMeansState(cloud(4, seed=1), 0, [2.0], [1.0], [0], np.zeros(4), np.zeros(4))
-    state = KMeansState(cloud(4), 1, [3.5, 1.25], [1.0, 2.0], [0, 3], np.arange(4.0), np.ones(4), best)
+    best = KMeansState(cloud(4, seed=1), 0, [2.0], [1.0], [0])
+    state = KMeansState(cloud(4), 1, [3.5, 1.25], [1.0, 2.0], [0, 3], best)
     save_state(state, tmp_path / "state.safetensors")
     found = load_state(tmp_path / "state.safetensors")
     assert found is not None
     assert np.array_equal(found.centroids, state.centroids)
-    assert np.array_equal(found.prices, state.prices)
     assert (found.start, found.objective, found.imbalance, found.splits) == (1, [3.5, 1.25], [1.0, 2.0], [0, 3])
     assert found.best is not None
     assert np.array_equal(found.best.centroids, best.centroids)
@@ -218,10 +221,10 @@ def test_residual_levels_from_memory_and_from_files_and_after_a_kill(tmp_path):
 # New items
 
 
-def grown(rows: np.ndarray, k: int, metric: str = "euclidean") -> tuple[Splits, Trie]:
+def grown(folder: Path, rows: np.ndarray, k: int, metric: str = "euclidean") -> tuple[Splits, Trie]:
     options = KMeansOptions(iterations=5, metric=metric)
     tree = build_tree(ArrayRows(rows), TreeOptions(k, 0, options))
-    return Splits.of(tree.splits, k, metric, rows.shape[1]), build_trie(tree.codes, tree.depth)
+    return Splits.write(folder, tree.splits, k, metric, rows.shape[1]), build_trie(tree.codes, tree.depth)
 
 
 def check_extension(trie: Trie, found, new: int, k: int) -> None:
@@ -236,8 +239,8 @@ def check_extension(trie: Trie, found, new: int, k: int) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(old=st.integers(2, 120), new=st.integers(0, 40), k=st.integers(3, 9), seed=st.integers(0, 3))
-def test_new_items_get_codes_of_their_own_and_no_old_code_changes(old, new, k, seed):
-    splits, trie = grown(cloud(old, seed=seed), k)
+def test_new_items_get_codes_of_their_own_and_no_old_code_changes(tmp_path_factory, old, new, k, seed):
+    splits, trie = grown(tmp_path_factory.mktemp("tree"), cloud(old, seed=seed), k)
     rows = cloud(new, seed=seed + 100) if new else np.empty((0, 5), np.float32)
     free = _free_below(splits, trie)[0]
     if new > free:
@@ -251,8 +254,7 @@ def test_new_items_get_codes_of_their_own_and_no_old_code_changes(old, new, k, s
 
 def test_a_copy_of_an_item_joins_its_cluster(tmp_path):
     rows = cloud(600)
-    splits, trie = grown(rows, 64)
-    splits.save(tmp_path)
+    splits, trie = grown(tmp_path, rows, 64)
     trie.save(tmp_path)
     splits, trie = Splits.load(tmp_path), Trie.load(tmp_path)
     chosen = np.flatnonzero(trie.depth == 2)[:200:7]
@@ -269,7 +271,7 @@ def test_a_full_cluster_sends_new_items_to_the_next_nearest():
     rows = np.concatenate([np.zeros((4, 2)), np.full((3, 2), 10.0), np.full((2, 2), 30.0)]).astype(np.float32)
     rows += np.arange(9)[:, None].astype(np.float32) / 100
     centroids = np.array([[0, 0], [10, 10], [30, 30]], np.float32)
-    splits = Splits(4, "euclidean", np.array([0]), np.array([0], np.int32), np.array([0, 3]), centroids)
+    splits = Splits(4, "euclidean", np.array([0]), np.array([0], np.int32), np.array([0, 3]), np.arange(3), centroids)
     codes = np.array([[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1]], np.int32)
     trie = build_trie(codes, np.full(9, 2, np.int32))
     found = extend_codes(splits, trie, np.array([[1, 1], [0.5, 0.5], [29, 29]], np.float32))
@@ -280,9 +282,9 @@ def test_a_full_cluster_sends_new_items_to_the_next_nearest():
     assert (found.report["free_codes_before"], found.report["free_codes_after"]) == (3, 0)
 
 
-def test_cosine_trees_place_by_direction():
+def test_cosine_trees_place_by_direction(tmp_path):
     rows = cloud(400)
-    splits, trie = grown(rows / np.linalg.norm(rows, axis=1, keepdims=True), 40, "cosine")
+    splits, trie = grown(tmp_path, rows / np.linalg.norm(rows, axis=1, keepdims=True), 40, "cosine")
     chosen = np.flatnonzero(trie.depth == 2)[:60:3]
     found = extend_codes(splits, trie, 7 * rows[chosen])
     assert (found.codes[400:, 0] == trie.codes[chosen, 0]).all()
@@ -296,8 +298,8 @@ def test_cosine_trees_place_by_direction():
         (np.zeros((100_000, 5), np.float32), "free codes"),
     ],
 )
-def test_new_items_that_cannot_be_placed_are_refused(rows, what):
-    splits, trie = grown(cloud(50), 8)
+def test_new_items_that_cannot_be_placed_are_refused(tmp_path, rows, what):
+    splits, trie = grown(tmp_path, cloud(50), 8)
     with pytest.raises(DataError, match=what):
         extend_codes(splits, trie, rows)
 

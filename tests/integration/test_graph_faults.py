@@ -83,6 +83,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path, whole):
     assert np.array_equal(embeddings(tmp_path), embeddings(whole))
 
 
+@pytest.mark.slow
 def test_one_worker_goes_on_where_two_were_killed(tmp_path, whole):
     kill_in_stage(tmp_path, GRAPH, "lightgcn", needs_checkpoint=True)
     finish(start(tmp_path, with_workers(1)))

@@ -166,6 +166,7 @@ def test_ray_and_deepspeed_train_on_two_workers(tmp_path: Path) -> None:
     assert evaluate_again(tmp_path, "local", 1) == first
 
 
+@pytest.mark.slow
 def test_csj_id_killed_in_its_stages_gives_the_same_bytes(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     finish(start(whole, CSJ))

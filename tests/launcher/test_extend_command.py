@@ -30,7 +30,7 @@ def folders(tmp_path):
     codes.mkdir()
     tree = build_tree(ArrayRows(ROWS[:200]), TreeOptions(16))
     build_trie(tree.codes, tree.depth).save(codes)
-    Splits.of(tree.splits, 16, "euclidean", 6).save(codes)
+    Splits.write(codes, tree.splits, 16, "euclidean", 6)
     write_embeddings(tmp_path / "rows", ROWS)
     return tmp_path
 

@@ -249,12 +249,16 @@ class LocalPoints:
 
     def farthest_with_distances(self, wanted: dict[int, int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """`farthest`, with the distances by which workers' answers are merged."""
-        return {c: self._least(np.flatnonzero(self._labels == c), -self._distances, n) for c, n in wanted.items()}
+        return self._least(wanted, -self._distances, apart=True)
 
-    def _least(self, local: np.ndarray, cost: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """`least` of rows of this range, as numbers over all workers, and their costs."""
-        chosen = local[least(local, cost[local], count)]
-        return chosen + self.first_row, cost[chosen]
+    def _least(self, wanted: dict[int, int], cost: np.ndarray, apart: bool) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """`least` rows of clusters, as numbers over all workers, and their costs."""
+        out = {}
+        for cluster, count in wanted.items():
+            members = np.flatnonzero(self._labels == cluster)
+            chosen = members[least(members, cost[members], count, apart)]
+            out[cluster] = (chosen + self.first_row, cost[chosen])
+        return out
 
     def move(self, rows: np.ndarray, clusters: np.ndarray, distances: np.ndarray) -> Moments:
         assert self._sums is not None
@@ -295,7 +299,7 @@ class LocalPoints:
                 regret[start + here[low : low + PRODUCT_ROWS]] = other - staying
 
         self._each(work)
-        return {c: self._least(np.flatnonzero(self._labels == c), regret, n) for c, n in wanted.items()}
+        return self._least(wanted, regret, apart=False)
 
     # Starts
 
@@ -332,15 +336,20 @@ class LocalPoints:
         return self.first_row + np.concatenate(picked or [np.empty(0, np.int64)])
 
 
-def least(rows: np.ndarray, costs: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` rows of least cost: one of each cost first, as copies of a row cost alike, then the others.
+def least(rows: np.ndarray, costs: np.ndarray, count: int, apart: bool) -> np.ndarray:
+    """Places of the `count` rows of least cost, ties to the lower row.
 
-    Ties go to the lower row. The least of several parts' least are the least of the whole.
+    The least of several parts' least are the least of the whole.
+
+    Args:
+        apart: one of each cost first, as copies of a row cost alike, then the others.
 
     Shapes:
         rows: (n,) int64. costs: (n,) float. returns: (at most count,) int64.
     """
     order = np.lexsort((rows, costs))
+    if not apart:
+        return order[:count]
     again = np.zeros(len(rows), bool)
     again[1:] = np.diff(costs[order]) == 0
     return np.concatenate([order[~again], order[again]])[:count]

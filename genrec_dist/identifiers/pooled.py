@@ -55,13 +55,13 @@ class PooledPoints:
 
     def farthest(self, wanted: dict[int, int]) -> dict[int, np.ndarray]:
         found = self._all("farthest_with_distances", wanted)
-        return {c: merge([one[c] for one in found], count) for c, count in wanted.items()}
+        return {c: merge([one[c] for one in found], count, apart=True) for c, count in wanted.items()}
 
     def leavers(
         self, centroids: np.ndarray, prices: np.ndarray, wanted: dict[int, int], room: np.ndarray
     ) -> np.ndarray:
         found = self._all("leavers_with_regret", centroids, prices, wanted, room)
-        return np.sort(np.concatenate([merge([one[c] for one in found], n) for c, n in wanted.items()]))
+        return np.sort(np.concatenate([merge([one[c] for one in found], n, apart=False) for c, n in wanted.items()]))
 
     def move(self, rows: np.ndarray, clusters: np.ndarray, distances: np.ndarray) -> Moments:
         owner = self._owners(rows)
@@ -101,7 +101,7 @@ def total(moments: Sequence[Moments]) -> Moments:
     return out
 
 
-def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
+def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], count: int, apart: bool) -> np.ndarray:
     """`least` of several workers' least, each rows and their costs."""
     rows, costs = (np.concatenate([one[part] for one in found]) for part in (0, 1))
-    return rows[least(rows, costs, count)]
+    return rows[least(rows, costs, count, apart)]

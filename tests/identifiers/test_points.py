@@ -60,12 +60,15 @@ def pooled(rows: np.ndarray, workers: int) -> PooledPoints:
 @given(costs=st.lists(st.integers(0, 4), min_size=1, max_size=30), count=st.integers(1, 12), cuts=st.integers(1, 5))
 def test_the_least_of_parts_are_the_least_of_the_whole(costs, count, cuts):
     rows, cost = np.arange(len(costs)), np.array(costs, np.float32)
-    whole = least(rows, cost, count)
+    plain = least(rows, cost, count, apart=False)
+    assert plain.tolist() == sorted(range(len(costs)), key=lambda row: (costs[row], row))[:count]
+    whole = least(rows, cost, count, apart=True)
     first_of_each = [costs.index(c) for c in sorted(set(costs))]
     assert whole.tolist()[: len(first_of_each)] == first_of_each[:count]
     assert len(set(whole.tolist())) == len(whole) == min(count, len(costs))
-    parts = [part[least(part, cost[part], count)] for part in np.array_split(rows, cuts)]
-    assert merge([(part, cost[part]) for part in parts], count).tolist() == whole.tolist()
+    for apart, wanted in ((True, whole), (False, plain)):
+        parts = [part[least(part, cost[part], count, apart)] for part in np.array_split(rows, cuts)]
+        assert merge([(part, cost[part]) for part in parts], count, apart).tolist() == wanted.tolist()
 
 
 @settings(max_examples=50, deadline=None)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from genrec_dist.errors import DataError
-from genrec_dist.identifiers.kmeans import squared_distances
+from genrec_dist.identifiers.points import squared_distances
 from genrec_dist.identifiers.quantizer import sinkhorn
 
 Latents = Callable[[np.ndarray], np.ndarray]

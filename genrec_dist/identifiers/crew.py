@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,17 @@ class LocalCrew:
         return self._kept[1]
 
     def part(self, source: Rows | RowSource, labels: np.ndarray, num_clusters: int, folder: Path | None) -> list[Any]:
-        rows = self.open(source)
-        if isinstance(rows, ArrayRows) or folder is None:
+        if isinstance(source, TakenRows):  # of the rows that are in memory anyhow, not of the copy that was clustered
+            rows, index = source.rows, source.index
+        else:
+            # A table may stay in memory while its clusters wait; parts of one that is too large for that may not.
+            whole = folder is None or (isinstance(source, RowSource) and source.tables is not None)
+            rows = self.open(source) if whole or not isinstance(source, RowSource) else source.open()
+            index = np.arange(rows.num_rows)
+        if not isinstance(source, RowSource) or isinstance(rows, ArrayRows) or folder is None:
             order = np.argsort(labels, kind="stable")
             bounds = np.cumsum(np.bincount(labels, minlength=num_clusters))[:-1]
-            return [TakenRows(rows, index) for index in np.split(order, bounds)]
+            return [TakenRows(rows, part) for part in np.split(index[order], bounds)]
         file = folder / "rows-0.f32"
         sizes = np.bincount(labels, minlength=num_clusters)
         if not file.exists():
@@ -105,11 +111,12 @@ class LocalCrew:
             if self.threads == 1 or len(jobs) < 2:
                 yield from map(run, jobs)
                 return
+            left = list(jobs)[::-1]
+            running: set[Future[tuple[Job, Subtree]]] = set()
             with ThreadPoolExecutor(self.threads) as pool:
-                futures = [pool.submit(run, job) for job in jobs]
-                try:
-                    for future in as_completed(futures):
-                        yield future.result()
-                finally:
-                    for future in futures:
-                        future.cancel()
+                while left or running:
+                    while left and len(running) < 2 * self.threads:
+                        running.add(pool.submit(run, left.pop()))
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    while done:
+                        yield done.pop().result()

@@ -29,8 +29,8 @@ from genrec_dist.identifiers.rows import ArrayRows
 
 TASK_BYTES = 256 << 20
 """Rows of a subtree that one task takes, at most."""
-SMALL_TASK, TASKS_A_SLOT = 4 << 20, 8
-"""Where several tasks run at once, they are made smaller than that, down to SMALL_TASK, to be so many for each slot."""
+SMALL_TASK, TASKS_A_SLOT = 4 << 20, 2
+"""Where several tasks run at once, they are made smaller, down to SMALL_TASK, so that each slot gets several."""
 Path_ = tuple[int, ...]
 
 
@@ -51,6 +51,22 @@ class TreeOptions:
     task_bytes: int = TASK_BYTES
 
 
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of a .npy file, read when they are used; holds no file open."""
+
+    file: Path
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = np.load(self.file, mmap_mode="r" if len(self) else None)
+        return np.array(whole[self.start : self.stop], dtype)
+
+
 @dataclass
 class Split:
     """A node that k-means split.
@@ -67,7 +83,7 @@ class Split:
     path: Path_
     item: int
     codes: np.ndarray
-    centroids: np.ndarray
+    centroids: np.ndarray | StoredRows
     log: dict[str, Any]
 
 
@@ -85,7 +101,7 @@ class Subtree:
 
     def save(self, file: Path) -> None:
         """Write a safetensors file, after a .npy file of centroids beside it; each whole or not at all."""
-        dim = self.splits[0].centroids.shape[1] if self.splits else 0
+        dim = np.asarray(self.splits[0].centroids).shape[1] if self.splits else 0
         arrays = {
             "codes": self.codes,
             "depth": self.depth,
@@ -94,25 +110,37 @@ class Subtree:
             "split_codes": np.concatenate([np.empty(0, np.int32), *(split.codes for split in self.splits)]),
         }
         about = json.dumps([{"path": split.path, "log": split.log} for split in self.splits])
+        arrays["about"] = np.frombuffer(about.encode(), np.uint8)  # a header must not be longer than 100 MB
         buffer = io.BytesIO()
         none = np.empty((0, dim), np.float32)
-        np.save(buffer, np.concatenate([none, *(split.centroids for split in self.splits)]), allow_pickle=False)
+        np.save(
+            buffer, np.concatenate([none, *(np.asarray(split.centroids) for split in self.splits)]), allow_pickle=False
+        )
         write_atomic(file.with_suffix(".npy"), buffer.getvalue())
-        write_atomic(file, save(arrays, {"splits": about}))
+        write_atomic(file, save(arrays))
 
     @classmethod
     def load(cls, file: Path) -> Subtree | None:
-        """What `save` wrote, centroids mapped into memory; None when there is none that can be read."""
+        """What `save` wrote, centroids still on disk; None when there is none that can be read."""
         try:
             with safe_open(file, "np") as found:
                 arrays = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - not a mapping
-                about = json.loads(found.metadata()["splits"])
+            about = json.loads(arrays["about"].tobytes())
             stops = np.cumsum(arrays["sizes"])
-            whole = np.load(file.with_suffix(".npy"), mmap_mode="r" if len(stops) and stops[-1] else None)
+            rows = file.with_suffix(".npy")
+            complete = len(np.load(rows, mmap_mode="r" if arrays["sizes"].any() else None)) == arrays["sizes"].sum()
         except (FileNotFoundError, SafetensorError, ValueError):
             return None
+        if not complete:
+            return None
         splits = [
-            Split(tuple(one["path"]), int(item), arrays["split_codes"][start:stop], whole[start:stop], one["log"])
+            Split(
+                tuple(one["path"]),
+                int(item),
+                arrays["split_codes"][start:stop],
+                StoredRows(rows, int(start), int(stop)),
+                one["log"],
+            )
             for one, item, start, stop in zip(about, arrays["items"], stops - arrays["sizes"], stops, strict=True)
         ]
         return cls(arrays["codes"], arrays["depth"], splits)

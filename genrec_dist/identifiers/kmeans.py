@@ -88,13 +88,6 @@ class KMeansResult:
     splits: list[int]
 
 
-def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances, (n, k) float32, never negative."""
-    cross = points @ centroids.T
-    out = (points**2).sum(1)[:, None] - 2.0 * cross + (centroids**2).sum(1)[None]
-    return np.maximum(out, 0.0, out=out)
-
-
 def kmeans(
     points: Points | np.ndarray,
     k: int,
@@ -255,7 +248,7 @@ def _even_out(points: Points, centroids: np.ndarray, prices: np.ndarray, moments
         return moments
     room = np.flatnonzero(excess < 0)
     rows = points.leavers(centroids, prices, wanted, room)
-    cost = squared_distances(points.take(rows), centroids[room])
+    cost = points.costs(rows, centroids[room])
     places = deferred_acceptance(cost, -excess[room])
     return points.move(rows, room[places].astype(np.int32), cost[np.arange(len(rows)), places])
 

@@ -104,6 +104,10 @@ class Points(Protocol):
         """Rows, (n, dim) float32."""
         ...
 
+    def costs(self, rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+        """Squared distances of rows to centroids, (n, k) float32."""
+        ...
+
     def nearest(self, centroids: np.ndarray, first: bool) -> np.ndarray:
         """Lower the rows' distances to the nearest start so far; returns the sum by chunk, float64.
 
@@ -244,6 +248,13 @@ class LocalPoints:
     def take(self, rows: np.ndarray) -> np.ndarray:
         return self.rows.take(rows - self.first_row)
 
+    def costs(self, rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+        out = np.empty((len(rows), len(centroids)), np.float32)
+        for start in range(0, len(rows), PRODUCT_ROWS):
+            part = slice(start, start + PRODUCT_ROWS)
+            out[part] = squared_distances(self.take(rows[part]), centroids)
+        return out
+
     def farthest(self, wanted: dict[int, int]) -> dict[int, np.ndarray]:
         return {cluster: rows for cluster, (rows, _) in self.farthest_with_distances(wanted).items()}
 
@@ -334,6 +345,13 @@ class LocalPoints:
 
         picked = self._each(work)
         return self.first_row + np.concatenate(picked or [np.empty(0, np.int64)])
+
+
+def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances, (n, k) float32, never negative."""
+    cross = points @ centroids.T
+    out = (points**2).sum(1)[:, None] - 2.0 * cross + (centroids**2).sum(1)[None]
+    return np.maximum(out, 0.0, out=out)
 
 
 def least(rows: np.ndarray, costs: np.ndarray, count: int, apart: bool) -> np.ndarray:

@@ -69,10 +69,17 @@ class PooledPoints:
         return total(self.team.ask("move", [(rows[mine], clusters[mine], distances[mine]) for mine in here]))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
+        return self._from_owners("take", rows, self.dim)
+
+    def costs(self, rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+        return self._from_owners("costs", rows, len(centroids), centroids)
+
+    def _from_owners(self, method: str, rows: np.ndarray, width: int, *more: Any) -> np.ndarray:
+        """What the owners of rows say of them, (n, width) float32."""
         owner = self._owners(rows)
         here = [np.flatnonzero(owner == worker) for worker in range(len(self.bounds))]
-        found = self.team.ask("take", [(rows[mine],) if len(mine) else None for mine in here])
-        out = np.empty((len(rows), self.dim), np.float32)
+        found = self.team.ask(method, [(rows[mine], *more) if len(mine) else None for mine in here])
+        out = np.empty((len(rows), width), np.float32)
         for mine, values in zip(here, found, strict=True):
             if values is not None:
                 out[mine] = values

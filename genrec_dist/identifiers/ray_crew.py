@@ -103,6 +103,13 @@ class RayCrew:
         self.context, self.resident_bytes = context, resident_bytes
         self.ray = ensure_ray(context.runtime)
         self.threads = worker_threads(context.runtime)
+        errors = self.ray.exceptions
+        self.losses = (
+            errors.RayActorError,
+            errors.ObjectLostError,
+            errors.OutOfMemoryError,
+            errors.ActorUnschedulableError,
+        )
         self.gpus = gpus_per_worker(context.runtime, self.ray)
         self.lost = 0
         self.actor_type = self.ray.remote(RangeWorker)
@@ -151,18 +158,19 @@ class RayCrew:
     def _settle(self, calls: Sequence[Call]) -> None:
         """Make calls that give workers their rows, and tell all of them the largest value."""
         largest = max(self._gather(calls))
+        for base, call in zip(self.base, calls, strict=True):
+            base.append(call)  # before anything else is asked: whoever takes a lost worker's place has to know
         told: Call = ("call", ("set_largest", largest))
         self._gather([told] * len(calls))
-        for base, call in zip(self.base, calls, strict=True):
-            base += [call, told]
+        for base in self.base:
+            base.append(told)
 
     def ask(self, method: str, arguments: Sequence[tuple | None]) -> list[Any]:
         """Call a method of every worker's points; see `Team`."""
-        same = all(one is arguments[0] for one in arguments)
-        if same:  # one copy of large arguments for everybody
-            arguments = [tuple(self.ray.put(x) if isinstance(x, np.ndarray) else x for x in arguments[0] or ())] * len(
-                arguments
-            )
+        first = arguments[0]
+        if first is not None and all(one is first for one in arguments):  # one copy of large arguments for everybody
+            shared = tuple(self.ray.put(x) if isinstance(x, np.ndarray) else x for x in first)
+            arguments = [shared] * len(arguments)
         calls: list[Call | None] = [None if given is None else ("call", (method, *given)) for given in arguments]
         if method == "assign" or (method == "nearest" and (arguments[0] or (0, False))[1]):
             self.since = [[] for _ in self.actors]  # what was before does not count any more
@@ -186,7 +194,7 @@ class RayCrew:
         while True:
             try:
                 return self._get(waiting)
-            except self.ray.exceptions.RayActorError as error:
+            except self.losses as error:
                 self._replace(worker, error)
                 waiting = self._send(worker, call)
 
@@ -209,12 +217,13 @@ class RayCrew:
                     fix="see the cluster's logs; the same command goes on from the last iteration",
                 ) from error
             self.context.event("kmeans_worker_lost", worker=worker, lost=self.lost)
+            self.ray.kill(self.actors[worker])  # one whose answer was lost may live
             (self.actors[worker],) = self._placed(1)
             try:
                 for call in (*self.base[worker], *self.since[worker]):
                     self._get(self._send(worker, call))
                 return
-            except self.ray.exceptions.RayActorError as again:
+            except self.losses as again:
                 error = again
 
     def _placed(self, count: int) -> list[Any]:
@@ -226,6 +235,14 @@ class RayCrew:
             if sign not in ready:
                 self.ray.kill(actors[place])
                 actors[place] = self._start(0)
+                if not self.ray.wait([actors[place].ready.remote()], timeout=4 * PLACE_SECONDS)[0]:
+                    raise ClusterError(
+                        "no room for a worker of k-means",
+                        where="runtime.num_workers",
+                        got=f"{self.ray.available_resources()} free",
+                        expected=f"{self.context.runtime.num_workers} workers, with {self.gpus} GPUs each",
+                        fix="lower runtime.num_workers or add nodes; the same command goes on from the last iteration",
+                    )
         return actors
 
     # Subtrees
@@ -261,7 +278,7 @@ class RayCrew:
             free.append(worker)
             try:
                 subtree = self._get(done)
-            except self.ray.exceptions.RayActorError as error:
+            except self.losses as error:
                 left.append(job)
                 if actor is self.actors[worker]:  # the first of its tasks to be missed
                     self._replace(worker, error)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from genrec_dist.identifiers.points import LocalPoints, Points, chunk_rows
+from genrec_dist.identifiers.points import LocalPoints, Points, chunk_rows, squared_distances
 from genrec_dist.identifiers.rows import ArrayRows
 
 Start = Literal["auto", "plus_plus", "parallel"]
@@ -113,8 +113,6 @@ def parallel_start(points: Points, k: int, seed: tuple[int, ...]) -> np.ndarray:
 
 def _weighted(rows: np.ndarray, weights: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
     """Weighted k-means++ and a few iterations of Lloyd, on rows few enough for one process."""
-    from genrec_dist.identifiers.kmeans import squared_distances
-
     centroids = np.empty((k, rows.shape[1]))
     place = int(rng.choice(len(rows), p=weights / weights.sum()))
     nearest = np.full(len(rows), np.inf)

@@ -20,8 +20,8 @@ from genrec_dist.artifacts.embeddings import space_checked
 from genrec_dist.artifacts.files import write_atomic
 from genrec_dist.errors import ArtifactError, DataError
 from genrec_dist.identifiers.hierarchical import Split
-from genrec_dist.identifiers.kmeans import deferred_acceptance, squared_distances
-from genrec_dist.identifiers.points import PRODUCT_ROWS
+from genrec_dist.identifiers.kmeans import deferred_acceptance
+from genrec_dist.identifiers.points import PRODUCT_ROWS, squared_distances
 from genrec_dist.identifiers.rows import unit
 from genrec_dist.identifiers.trie import Trie
 
@@ -55,13 +55,17 @@ class Splits:
         """Write centroids.npy and splits.safetensors from what the building of a tree noted; returns them mapped."""
         begin = np.concatenate([[0], np.cumsum([len(split.codes) for split in splits], dtype=np.int64)])
         temporary = folder / f".{CENTROIDS}.tmp"
-        with space_checked(temporary):
-            table = np.lib.format.open_memmap(temporary, "w+", np.float32, (int(begin[-1]), dim))
-            for split, start, stop in zip(splits, begin[:-1], begin[1:], strict=True):
-                table[start:stop] = split.centroids
-            table.flush()
-        del table
-        os.replace(temporary, folder / CENTROIDS)
+        layout = {"descr": "<f4", "fortran_order": False, "shape": (int(begin[-1]), dim)}
+        try:
+            with space_checked(temporary), open(temporary, "wb") as handle:
+                np.lib.format.write_array_header_1_0(handle, layout)
+                for split in splits:
+                    handle.write(np.ascontiguousarray(split.centroids, "<f4").data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, folder / CENTROIDS)
+        finally:
+            temporary.unlink(missing_ok=True)
         arrays = {
             "item": np.array([split.item for split in splits], np.int64),
             "level": np.array([len(split.path) for split in splits], np.int32),

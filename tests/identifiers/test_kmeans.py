@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans
 
-from genrec_dist.identifiers.kmeans import KMeansOptions, capacities, deferred_acceptance, kmeans, squared_distances
-from genrec_dist.identifiers.points import LocalPoints
+from genrec_dist.identifiers.kmeans import KMeansOptions, capacities, deferred_acceptance, kmeans
+from genrec_dist.identifiers.points import LocalPoints, squared_distances
 from genrec_dist.identifiers.rows import ArrayRows
 from genrec_dist.identifiers.starts import plus_plus_start
 

@@ -190,7 +190,7 @@ def test_prices_come_close_to_the_best_balanced_assignment():
 
     rows = cloud(600)
     centroids = kmeans(rows, 8, KMeansOptions(balanced=True), seed=1).centroids
-    cost = kmeans_module.squared_distances(rows, centroids)
+    cost = points_module.squared_distances(rows, centroids)
     best = cost.repeat(75, axis=1)
     best = best[linear_sum_assignment(best)].sum()
     points = LocalPoints(ArrayRows(rows))
@@ -229,6 +229,13 @@ def test_plus_plus_of_one_chunk_is_that_of_many(monkeypatch):
     monkeypatch.setattr("genrec_dist.identifiers.starts.chunk_rows", lambda dim: 10)
     many = plus_plus_start(LocalPoints(ArrayRows(rows)), 12, np.random.default_rng(5))
     assert np.array_equal(one, many)
+
+
+def test_parallel_start_with_exactly_as_many_distinct_rows_on_several_workers():
+    rows = np.repeat(cloud(16), 64, 0)
+    one, many = (parallel_start(points, 16, (0,)) for points in (LocalPoints(ArrayRows(rows)), pooled(rows, 2)))
+    assert np.array_equal(one, many)
+    assert many.shape == (16, 6)
 
 
 def test_parallel_start_of_few_distinct_rows_is_filled_up():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,35 @@ def test_a_damaged_or_cut_scratch_file_is_made_again(tmp_path):
     for file in files:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     same(build_tree(source, options, LocalCrew(1, 0), tmp_path / "scratch"), whole)
+
+
+def test_a_build_holds_no_file_per_subtree_open(tmp_path):
+    rows, options = cloud(3000), TreeOptions(8, 3, OPTIONS, task_bytes=4000)
+    tree = build_tree(stored(tmp_path / "table", rows), options, LocalCrew(1, 0), tmp_path / "scratch")
+    files = len(list((tmp_path / "scratch").glob("subtree*.safetensors")))
+    held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)]
+    assert files > 20
+    assert not [name for name in held if name.startswith(str(tmp_path / "scratch"))]
+    same(tree, build_tree(ArrayRows(rows), options))
+
+
+def _is_link(fd: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def test_parts_of_a_table_that_is_streamed_do_not_pile_up_in_memory(tmp_path, monkeypatch):
+    """Clusters that would fit are written to files too, or all of them together would be the table in memory."""
+    rows, options = cloud(3000), TreeOptions(8, 3, OPTIONS, task_bytes=2000)
+    sources = []
+    grow_all = LocalCrew.grow
+    monkeypatch.setattr(
+        LocalCrew,
+        "grow",
+        lambda self, jobs, work: (sources.extend(j.source for j in jobs), grow_all(self, jobs, work))[1],
+    )
+    build_tree(stored(tmp_path / "table", rows), options, LocalCrew(1, 30_000), tmp_path / "scratch")
+    assert len(sources) > 20
+    assert all(isinstance(source, RowSource) for source in sources)
 
 
 def test_state_survives_its_file(tmp_path):

@@ -149,6 +149,7 @@ def evaluate_again(folder: Path, backend: str, num_workers: int) -> dict:
     return results(folder, "tiny")["metrics"]
 
 
+@pytest.mark.slow
 def test_torchrun_trains_on_two_processes(tmp_path: Path) -> None:
     """num_workers=2 without Ray goes through torchrun's launcher."""
     finish(start(tmp_path, {**TINY, "runtime": {**TINY["runtime"], "num_workers": 2}}))

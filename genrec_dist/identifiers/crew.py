@@ -17,6 +17,7 @@ from genrec_dist.identifiers.rows import (
     TakenRows,
     descend,
     parts_by_cluster,
+    rows_by_cluster,
     write_by_cluster,
 )
 
@@ -86,9 +87,7 @@ class LocalCrew:
             rows = self.open(source) if whole or not isinstance(source, RowSource) else source.open()
             index = np.arange(rows.num_rows)
         if not isinstance(source, RowSource) or isinstance(rows, ArrayRows) or folder is None:
-            order = np.argsort(labels, kind="stable")
-            bounds = np.cumsum(np.bincount(labels, minlength=num_clusters))[:-1]
-            return [TakenRows(rows, part) for part in np.split(index[order], bounds)]
+            return [TakenRows(rows, index[part]) for part in rows_by_cluster(labels, num_clusters)]
         file = folder / "rows-0.f32"
         sizes = np.bincount(labels, minlength=num_clusters)
         if not file.exists():

@@ -24,7 +24,7 @@ class DevicePoints(LocalPoints):
     """Rows of this process, on a device.
 
     Args:
-        rows, threads, total, first_row, largest: as `LocalPoints`.
+        rows, threads, total, first_row: as `LocalPoints`.
         device: where passes are made.
         resident_bytes: rows up to this size stay on the device.
     """
@@ -37,11 +37,10 @@ class DevicePoints(LocalPoints):
         threads: int = 1,
         total: int | None = None,
         first_row: int = 0,
-        largest: float | None = None,
     ) -> None:
         self.device = device
         self._kept: torch.Tensor | None = None
-        super().__init__(rows, threads, total, first_row, largest)
+        super().__init__(rows, threads, total, first_row)
         if 4 * self.num_rows * self.dim <= resident_bytes:
             self._kept = torch.empty(self.num_rows, self.dim, device=device)
             for start, stop in self._bounds():
@@ -98,9 +97,9 @@ class DevicePoints(LocalPoints):
                 self._own[start:stop], self._near[start:stop] = after, near
         self._sums += sums.cpu().numpy()
         self._errors = errors.cpu().numpy()
-        self._counts = torch.bincount(self._own, minlength=num_clusters).cpu().numpy()
+        counts = torch.bincount(self._own, minlength=num_clusters).cpu().numpy()
         self._stale = True
-        return Moments(self._counts, self._sums.copy(), self._errors.copy())
+        return Moments(counts, self._sums.copy(), self._errors.copy())
 
     @staticmethod
     def _on(values: torch.Tensor, shift: float) -> torch.Tensor:

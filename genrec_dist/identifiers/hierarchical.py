@@ -14,6 +14,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from genrec_dist.artifacts.files import write_atomic
 from genrec_dist.identifiers.crew import LocalCrew
 from genrec_dist.identifiers.kmeans import PLAIN, KMeansOptions, KMeansResult, KMeansState, kmeans
 from genrec_dist.identifiers.points import LocalPoints, Points
-from genrec_dist.identifiers.rows import ArrayRows
+from genrec_dist.identifiers.rows import ArrayRows, rows_by_cluster
 
 TASK_BYTES = 256 << 20
 """Rows of a subtree that one task takes, at most."""
@@ -252,14 +253,13 @@ def build_tree(
         splits.append(replace(split, path=path, item=int(items[0])))
         tree.set(items, len(path), labels)
         folder = None if scratch is None else scratch / f"rows{_name(path)}"
-        order = np.argsort(labels, kind="stable")
-        members = np.split(items[order], np.cumsum(np.bincount(labels, minlength=options.num_clusters))[:-1])
         sources = crew.part(here, labels, options.num_clusters, folder)
-        for cluster, (part, below) in enumerate(zip(members, sources, strict=True)):
-            if len(part) == 1:
+        members = rows_by_cluster(labels, options.num_clusters)
+        for cluster, (rows, below) in enumerate(zip(members, sources, strict=True)):
+            if len(rows) == 1:
                 settled += 1
-            elif len(part):
-                large.append(((*path, cluster), below, part, child_seed(seed, cluster)))
+            elif len(rows):
+                large.append(((*path, cluster), below, items[rows], child_seed(seed, cluster)))
     for job, subtree, items in _grown(jobs, crew, scratch):
         tree.graft(items, len(job.path), subtree)
         splits += [replace(s, path=job.path + s.path, item=int(items[s.item])) for s in subtree.splits]
@@ -284,16 +284,9 @@ def _split_by_crew(
     if done is not None and (kept := Subtree.load(done)) is not None:
         return kept.codes[:, 0], kept.splits[0]
     file = None if scratch is None else scratch / f"iteration{_name(path)}.safetensors"
-
-    def keep(state: KMeansState) -> None:
-        if file is not None:
-            save_state(state, file)
-        if on_iteration is not None:
-            on_iteration(path, state)
-
-    state = None if file is None else load_state(file)
     points = crew.points(source)
-    found = kmeans(points, options.num_clusters, options.kmeans, seed=seed, state=state, on_iteration=keep)
+    note = None if on_iteration is None else partial(on_iteration, path)
+    found = resumed_kmeans(points, options.num_clusters, options.kmeans, seed, file, note)
     split = _split(path, 0, found, points.num_rows)
     if done is not None:
         Subtree(found.labels[:, None], np.ones(len(found.labels), np.int32), [split]).save(done)
@@ -339,10 +332,10 @@ def grow(job: Job, rows: np.ndarray) -> Subtree:
         found = kmeans(LocalPoints(ArrayRows(points)), k, options, seed=seed)
         splits.append(_split(path, int(items[0]), found, len(items)))
         tree.set(items, len(path), found.labels)
-        order = np.argsort(found.labels, kind="stable")
-        for cluster, members in enumerate(np.split(items[order], np.cumsum(found.sizes)[:-1])):
+        for cluster, members in enumerate(rows_by_cluster(found.labels, k)):
             if len(members) > 1:  # one that lists its items draws nothing
-                pending.append((members, child_seed(seed, cluster) if len(members) > k else 0, (*path, cluster)))
+                below = child_seed(seed, cluster) if len(members) > k else 0
+                pending.append((items[members], below, (*path, cluster)))
     codes, depth = tree.finish()
     return Subtree(codes, depth, splits)
 
@@ -395,6 +388,26 @@ def child_seed(seed: int, cluster: int) -> int:
 
 def _name(path: Path_) -> str:
     return "".join(f"-{code}" for code in path)
+
+
+def resumed_kmeans(
+    points: Points,
+    k: int,
+    options: KMeansOptions,
+    seed: int,
+    file: Path | None,
+    on_iteration: Callable[[KMeansState], None] | None,
+) -> KMeansResult:
+    """`kmeans` that goes on from what an interrupted one left in `file`, and leaves there what it comes to."""
+
+    def keep(state: KMeansState) -> None:
+        if file is not None:
+            save_state(state, file)
+        if on_iteration is not None:
+            on_iteration(state)
+
+    state = None if file is None else load_state(file)
+    return kmeans(points, k, options, seed=seed, state=state, on_iteration=keep)
 
 
 STATE_LISTS = ("start", "objective", "imbalance", "splits")

@@ -137,12 +137,9 @@ class LocalPoints:
         threads: passes over chunks run in so many threads, each of one core.
         total: rows over all workers; default: these alone.
         first_row: number of the first row among all; a multiple of the chunk.
-        largest: largest absolute value over all workers; default: looked up.
     """
 
-    def __init__(
-        self, rows: Rows, threads: int = 1, total: int | None = None, first_row: int = 0, largest: float | None = None
-    ) -> None:
+    def __init__(self, rows: Rows, threads: int = 1, total: int | None = None, first_row: int = 0) -> None:
         self.rows, self.num_rows, self.dim = rows, rows.num_rows, rows.dim
         self.threads, self.first_row = threads, first_row
         self.chunk = chunk_rows(self.dim)
@@ -152,9 +149,8 @@ class LocalPoints:
         self._distances = np.zeros(self.num_rows, np.float32)
         self._sums: np.ndarray | None = None
         self._memory = threading.local()
-        found = max(self._each(self._look), default=0.0)
-        self.set_largest(found if largest is None else largest)
-        self.largest = found
+        self.largest = max(self._each(self._look), default=0.0)
+        self.set_largest(self.largest)
 
     def set_largest(self, largest: float) -> None:
         """Largest absolute value over all workers, which the grids depend on."""
@@ -249,11 +245,7 @@ class LocalPoints:
         return self.rows.take(rows - self.first_row)
 
     def costs(self, rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-        out = np.empty((len(rows), len(centroids)), np.float32)
-        for start in range(0, len(rows), PRODUCT_ROWS):
-            part = slice(start, start + PRODUCT_ROWS)
-            out[part] = squared_distances(self.take(rows[part]), centroids)
-        return out
+        return distances_of(self.take, rows, centroids)
 
     def farthest(self, wanted: dict[int, int]) -> dict[int, np.ndarray]:
         return {cluster: rows for cluster, (rows, _) in self.farthest_with_distances(wanted).items()}
@@ -352,6 +344,15 @@ def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     cross = points @ centroids.T
     out = (points**2).sum(1)[:, None] - 2.0 * cross + (centroids**2).sum(1)[None]
     return np.maximum(out, 0.0, out=out)
+
+
+def distances_of(take: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """`squared_distances` of the rows that `take` gives for numbers, block by block; (n, k) float32."""
+    out = np.empty((len(rows), len(centroids)), np.float32)
+    for start in range(0, len(rows), PRODUCT_ROWS):
+        part = slice(start, start + PRODUCT_ROWS)
+        out[part] = squared_distances(take(rows[part]), centroids)
+    return out
 
 
 def least(rows: np.ndarray, costs: np.ndarray, count: int, apart: bool) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from safetensors.numpy import save
 
 from genrec_dist.artifacts.files import write_atomic
 from genrec_dist.identifiers.crew import LocalCrew
-from genrec_dist.identifiers.hierarchical import Crew, child_seed, kmeans_log, load_state, save_state
-from genrec_dist.identifiers.kmeans import PLAIN, KMeansOptions, KMeansState, kmeans
+from genrec_dist.identifiers.hierarchical import Crew, child_seed, kmeans_log, resumed_kmeans
+from genrec_dist.identifiers.kmeans import PLAIN, KMeansOptions, KMeansState
 
 
 @dataclass
@@ -67,15 +68,8 @@ def residual_kmeans(
         found = None if done is None else _load(done)
         if found is None:
             file = None if scratch is None else scratch / f"iteration-{level}.safetensors"
-            state = None if file is None else load_state(file)
-
-            def keep(state: KMeansState, level: int = level, file: Path | None = file) -> None:
-                if file is not None:
-                    save_state(state, file)
-                if on_iteration is not None:
-                    on_iteration(level, state)
-
-            result = kmeans(points, num_clusters, options, seed=child_seed(seed, level), state=state, on_iteration=keep)
+            note = None if on_iteration is None else partial(on_iteration, level)
+            result = resumed_kmeans(points, num_clusters, options, child_seed(seed, level), file, note)
             found = (result.labels, result.centroids, kmeans_log(result, points.num_rows))
             if done is not None:
                 arrays = {"labels": found[0], "centroids": found[1]}

@@ -237,6 +237,12 @@ class RowSource:
         return UnitRows(rows) if self.unit else rows
 
 
+def rows_by_cluster(labels: np.ndarray, num_clusters: int) -> list[np.ndarray]:
+    """Places of each cluster's rows, ascending; `num_clusters` arrays of int64."""
+    stops = np.cumsum(np.bincount(labels, minlength=num_clusters))[:-1]
+    return np.split(np.argsort(labels, kind="stable"), stops)
+
+
 def write_by_cluster(rows: Rows, labels: np.ndarray, num_clusters: int, file: Path, rows_at_once: int) -> np.ndarray:
     """Write all rows into one raw float32 file, cluster by cluster, in their order within each; returns the sizes.
 

@@ -21,8 +21,8 @@ from genrec_dist.artifacts.files import write_atomic
 from genrec_dist.errors import ArtifactError, DataError
 from genrec_dist.identifiers.hierarchical import Split
 from genrec_dist.identifiers.kmeans import deferred_acceptance
-from genrec_dist.identifiers.points import PRODUCT_ROWS, squared_distances
-from genrec_dist.identifiers.rows import unit
+from genrec_dist.identifiers.points import distances_of
+from genrec_dist.identifiers.rows import rows_by_cluster, unit
 from genrec_dist.identifiers.trie import Trie
 
 FILE, CENTROIDS = "splits.safetensors", "centroids.npy"
@@ -173,17 +173,15 @@ def extend_codes(splits: Splits, trie: Trie, rows: np.ndarray) -> Extended:
         code = splits.code[splits.begin[here] : splits.begin[here + 1]]
         child = first + np.searchsorted(trie.code[first : first + count], code)
         room = np.minimum(free[child], len(items))
-        cost = _distances(rows, items, splits.centroids[splits.begin[here] : splits.begin[here + 1]])
+        cost = distances_of(rows.__getitem__, items, splits.centroids[splits.begin[here] : splits.begin[here + 1]])
         nearest = cost.argmin(1)
         fits = (np.bincount(nearest, minlength=len(child)) <= room).all()
         chosen = nearest if fits else deferred_acceptance(cost, room)
         off_path[items] |= chosen != nearest
         codes[old + items, level] = code[chosen]
-        order = np.argsort(chosen, kind="stable")
-        stops = np.cumsum(np.bincount(chosen, minlength=len(child)))[:-1]
-        for node, below in zip(child.tolist(), np.split(items[order], stops), strict=True):
+        for node, below in zip(child.tolist(), rows_by_cluster(chosen, len(child)), strict=True):
             if len(below):
-                pending.append((node, below, level + 1))
+                pending.append((node, items[below], level + 1))
     depth = np.concatenate([trie.depth.astype(np.int32), (codes[old:] >= 0).sum(1, dtype=np.int32)])
     report = {
         "old_items": old,
@@ -194,13 +192,6 @@ def extend_codes(splits: Splits, trie: Trie, rows: np.ndarray) -> Extended:
         "free_codes_after": int(free[0]) - len(rows),
     }
     return Extended(codes, depth, report)
-
-
-def _distances(rows: np.ndarray, items: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    out = np.empty((len(items), len(centroids)), np.float32)
-    for start in range(0, len(items), PRODUCT_ROWS):
-        out[start : start + PRODUCT_ROWS] = squared_distances(rows[items[start : start + PRODUCT_ROWS]], centroids)
-    return out
 
 
 def _free_below(splits: Splits, trie: Trie) -> np.ndarray:

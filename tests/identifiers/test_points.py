@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import mixture
 
 from genrec_dist.identifiers import kmeans as kmeans_module
 from genrec_dist.identifiers import points as points_module
@@ -28,10 +30,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(points_module, "CHUNK_BYTES", 1)
 
 
-def cloud(n: int, dim: int = 6, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    centres = 4 * rng.standard_normal((20, dim), np.float32)
-    return (centres[rng.integers(20, size=n)] + rng.standard_normal((n, dim), np.float32)).astype(np.float32)
+cloud = partial(mixture, dim=6)
 
 
 class HereTeam:

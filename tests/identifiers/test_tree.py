@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import mixture
 
 from genrec_dist.artifacts.embeddings import write_embeddings
 from genrec_dist.errors import ArtifactError, DataError
@@ -27,10 +29,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(points_module, "CHUNK_BYTES", 1)
 
 
-def cloud(n: int, dim: int = 5, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    centres = 4 * rng.standard_normal((20, dim), np.float32)
-    return (centres[rng.integers(20, size=n)] + rng.standard_normal((n, dim), np.float32)).astype(np.float32)
+cloud = partial(mixture, dim=5)
 
 
 def stored(folder: Path, rows: np.ndarray) -> RowSource:

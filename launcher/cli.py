@@ -24,7 +24,9 @@ app = typer.Typer(
     "failed, 6 finished with too many failed rows, 75 preempted (run it again), 130 interrupted.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Show or check a configuration.")
-data_app = typer.Typer(no_args_is_help=True, help="Make and describe catalogs, verify artifacts, move embeddings.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Make and describe catalogs, verify artifacts, move embeddings, extend codes."
+)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 

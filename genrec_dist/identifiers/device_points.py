@@ -163,9 +163,13 @@ class DevicePoints(LocalPoints):
         self._counts = np.zeros(0, np.int64)
         self._stale = False
 
-    def _bounds(self, row_bytes: int, most: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-        """Ranges of whole chunks, about `most` bytes each."""
-        rows = self.chunk * max(1, most // (row_bytes * self.chunk)) if row_bytes else max(1, self.num_rows)
+    def set_largest(self, largest: float) -> None:
+        super().set_largest(largest)
+        self._largest = largest
+
+    def _bounds(self, row_bytes: int) -> Iterator[tuple[int, int]]:
+        """Ranges of whole chunks, about BLOCK_BYTES each; everything at once where a row needs nothing."""
+        rows = self.chunk * max(1, BLOCK_BYTES // (row_bytes * self.chunk)) if row_bytes else max(1, self.num_rows)
         for start in range(0, self.num_rows, rows):
             yield start, min(start + rows, self.num_rows)
 
@@ -193,7 +197,7 @@ class DevicePoints(LocalPoints):
             self._sums = np.zeros((num_clusters, self.dim))
             self._counts = np.zeros(num_clusters, np.int64)
             self._own.fill_(-1)
-        table = passes.table(centroids, prices, self.largest)
+        table = passes.table(centroids, prices, self._largest)
         sums = torch.zeros(num_clusters, self.dim, dtype=torch.float64, device=self.device)
         counts = torch.zeros(num_clusters, dtype=torch.int64, device=self.device)
         errors = torch.zeros(passes.error_copies, num_clusters, dtype=torch.float64, device=self.device)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from device_rates import matmul_rate
 
 from genrec_dist.artifacts.embeddings import num_shards
 from genrec_dist.artifacts.reader import EmbeddingStore
@@ -32,20 +33,6 @@ from genrec_dist.semantic.text import FIELDS, item_texts
 from genrec_dist.semantic.worker import EmbedJob, ShardEmbedder
 
 SHAPE = ENCODERS["llama2-7b"].shape
-
-
-def matmul_ceiling() -> float:
-    """TFLOP/s of an 8192 x 8192 x 8192 bf16 product of random matrices, median of 20."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(23):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return 2 * 8192**3 / float(np.median(times[3:])) / 1e12
 
 
 def write_model(folder: Path, tokenizer: Path, layers: int) -> None:
@@ -118,7 +105,7 @@ def main() -> None:
     if args.model is not None:  # a child: one variant in a process of its own
         measure(names[0], args.model, args.items, out, args.ceiling)
         return
-    ceiling = matmul_ceiling()
+    ceiling = matmul_rate(torch.bfloat16, torch.device("cuda")) / 1e12
     print(f"{torch.cuda.get_device_name()}: bf16 matmul ceiling {ceiling:.0f} TFLOP/s", flush=True)
     model = Path(tempfile.mkdtemp(prefix="embed-")) / "model"
     began = time.perf_counter()

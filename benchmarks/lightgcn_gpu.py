@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from device_rates import copy_bandwidth, seconds, synchronize
 
 from genrec_dist.catalog.dataset import Catalog
 from genrec_dist.collaborative.lightgcn_stage import LightgcnTask
@@ -57,11 +58,6 @@ def main() -> None:
             {"kernels": kernels, "parity": parity, "quality": quality}[what](args)
 
 
-def synchronize() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
 def config_of(batch: int, **more) -> LightgcnConfig:
     optim = LightgcnOptim(batch_size=batch, learning_rate=1e-3)
     return LightgcnConfig(optim=optim, **more)
@@ -70,26 +66,6 @@ def config_of(batch: int, **more) -> LightgcnConfig:
 def make_task(graph: Interactions, folder: Path, worker: Worker, config: LightgcnConfig, kind="auto", **more):
     targets = more.pop("targets", np.full((graph.num_users, 2), -1))
     return LightgcnTask(config, graph, Partitions(folder), targets, worker, 0, kind, **more)
-
-
-def seconds(function, repeats: int = 5) -> float:
-    """Median seconds of a GPU function, after two calls of warm-up."""
-    times = []
-    for turn in range(repeats + 2):
-        synchronize()
-        began = time.perf_counter()
-        function()
-        synchronize()
-        if turn > 1:
-            times.append(time.perf_counter() - began)
-    return float(np.median(times))
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a device copy, reads and writes counted."""
-    source = torch.empty(1 << 30, dtype=torch.float32, device=GPU)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
 
 
 def large_graph(num_users: int, num_items: int, num_pairs: int) -> Interactions:
@@ -115,7 +91,7 @@ def kernels(args: argparse.Namespace) -> None:
         write_partitions(folder, graph, np.zeros(graph.num_nodes, np.int32), 1, "random")
         partition = Partitions(folder)[0]
         print(f"{graph.num_nodes:,} nodes, {graph.num_pairs:,} pairs, made in {time.perf_counter() - clock:.0f} s")
-        ceiling = copy_bandwidth() if CUDA else 1e10
+        ceiling = copy_bandwidth(GPU) if CUDA else 1e10
         print(f"copy: {ceiling / 1e12:.3f} TB/s", flush=True)
         x = torch.randn(graph.num_nodes, 64, device=GPU)
         edges = 2 * graph.num_pairs

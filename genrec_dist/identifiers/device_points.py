@@ -8,7 +8,7 @@ where two centroids are equally near to the last bits. The inner passes are Trit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,60 +21,23 @@ BLOCK_BYTES = 256 << 20
 """Rows of a matrix product and their scores, about."""
 
 
-class Passes(Protocol):
-    """What a device does for a range of rows.
+class TorchPasses:
+    """What a device does for a range of rows, in plain torch: the reference, and what runs where there is no GPU.
 
     Shapes:
         values: (n, dim) float32. squares, near: (n,) float32. labels, before, after: (n,) int32.
         errors: (any, K) float64, to be added up. sums: (K, dim) float64. counts: (K,) int64. changed: (m,) int64.
     """
 
-    error_copies: int
-    score_bytes: int
-    """That a row and a centroid take in the device's memory."""
-
-    def table(self, centroids: np.ndarray, prices: np.ndarray | None, largest: float) -> Any:
-        """Centroids (K, dim) and prices (K,) as `nearest` wants them; `largest`: absolute value no row exceeds."""
-        ...
-
-    def nearest(
-        self,
-        values: torch.Tensor,
-        squares: torch.Tensor,
-        table: Any,
-        labels: torch.Tensor,
-        near: torch.Tensor,
-        errors: torch.Tensor,
-        shift: float,
-    ) -> None:
-        """Write each row's cluster and squared distance, and add the distances, on the grid of `shift`, to `errors`."""
-        ...
-
-    def move(
-        self,
-        values: torch.Tensor,
-        changed: torch.Tensor,
-        before: torch.Tensor | None,
-        after: torch.Tensor,
-        sums: torch.Tensor,
-        counts: torch.Tensor,
-        shift: float,
-    ) -> None:
-        """Take rows `changed` out of the sums and counts of their old cluster and into the new one's; `before` None:
-        there is no old one."""
-        ...
-
-
-class TorchPasses:
-    """Passes in plain torch, on any device: the reference."""
-
     error_copies = 1
     score_bytes = 4
+    """That a row and a centroid take in the device's memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def table(self, centroids: np.ndarray, prices: np.ndarray | None, largest: float) -> Any:
+        """Centroids (K, dim) and prices (K,) as `nearest` wants them; `largest`: absolute value no row exceeds."""
         values = torch.from_numpy(np.ascontiguousarray(centroids)).to(self.device)
         price = torch.zeros(len(values), device=self.device)
         if prices is not None:
@@ -91,6 +54,7 @@ class TorchPasses:
         errors: torch.Tensor,
         shift: float,
     ) -> None:
+        """Write each row's cluster and squared distance, and add the distances, on the grid of `shift`, to `errors`."""
         centroids, price, half = table
         with exact_products():
             best, label = torch.addmm(half, values, centroids.T, alpha=-1).min(1)
@@ -108,6 +72,8 @@ class TorchPasses:
         counts: torch.Tensor,
         shift: float,
     ) -> None:
+        """Take rows `changed` out of the sums and counts of their old cluster and into the new one's; `before` None:
+        there is no old one."""
         moved, ones = on_grid(values[changed], shift), torch.ones_like(changed)
         new = after[changed].long()
         sums.index_add_(0, new, moved)
@@ -123,7 +89,7 @@ def on_grid(values: torch.Tensor, shift: float) -> torch.Tensor:
     return (values.double() + shift) - shift
 
 
-def passes_for(device: torch.device) -> Passes:
+def passes_for(device: torch.device) -> TorchPasses:
     """Triton's passes on a GPU, torch's elsewhere."""
     if device.type != "cuda":
         return TorchPasses(device)
@@ -163,10 +129,6 @@ class DevicePoints(LocalPoints):
         self._counts = np.zeros(0, np.int64)
         self._stale = False
 
-    def set_largest(self, largest: float) -> None:
-        super().set_largest(largest)
-        self._largest = largest
-
     def _bounds(self, row_bytes: int) -> Iterator[tuple[int, int]]:
         """Ranges of whole chunks, about BLOCK_BYTES each; everything at once where a row needs nothing."""
         rows = self.chunk * max(1, BLOCK_BYTES // (row_bytes * self.chunk)) if row_bytes else max(1, self.num_rows)
@@ -197,7 +159,7 @@ class DevicePoints(LocalPoints):
             self._sums = np.zeros((num_clusters, self.dim))
             self._counts = np.zeros(num_clusters, np.int64)
             self._own.fill_(-1)
-        table = passes.table(centroids, prices, self._largest)
+        table = passes.table(centroids, prices, self.largest)
         sums = torch.zeros(num_clusters, self.dim, dtype=torch.float64, device=self.device)
         counts = torch.zeros(num_clusters, dtype=torch.int64, device=self.device)
         errors = torch.zeros(passes.error_copies, num_clusters, dtype=torch.float64, device=self.device)

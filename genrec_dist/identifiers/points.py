@@ -149,11 +149,11 @@ class LocalPoints:
         self._distances = np.zeros(self.num_rows, np.float32)
         self._sums: np.ndarray | None = None
         self._memory = threading.local()
-        self.largest = max(self._each(self._look), default=0.0)
-        self.set_largest(self.largest)
+        self.set_largest(max(self._each(self._look), default=0.0))
 
     def set_largest(self, largest: float) -> None:
-        """Largest absolute value over all workers, which the grids depend on."""
+        """Largest absolute value over all workers, which the grids depend on; until it is told, of these rows."""
+        self.largest = largest
         self.grid = Grid(self.total, largest)
         self.error_grid = Grid(self.total, 4.0 * self.dim * largest**2)
 

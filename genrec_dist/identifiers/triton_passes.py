@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from genrec_dist.identifiers.device_points import TorchPasses
+
 LARGEST = 2.0**14
 """To which values are scaled: float16 ends at 65504, and the second halves stay above its subnormal numbers."""
 SUM_ROWS, SUM_PARTS, SUM_WIDTH = 32, 16, 128
@@ -42,6 +44,13 @@ WIDE = Shape(128, 128, 64, 8, 3)
 def power_of_two(largest: float) -> float:
     """Scale that brings values up to `largest` below 2^14."""
     return 2.0 ** (math.log2(LARGEST) - math.ceil(math.log2(largest))) if largest else 1.0
+
+
+@triton.jit
+def _halves(place, inside, scale):
+    wide = tl.load(place, inside, 0.0) * scale
+    first = wide.to(tl.float16)
+    return first, (wide - first.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -77,18 +86,14 @@ def _nearest_kernel(
     best = tl.full((ROWS,), float("inf"), tl.float32)
     label = tl.zeros((ROWS,), tl.int32)
     if ONE_BLOCK:
-        wide = tl.load(start + column[None, :], here[:, None] & (column < dim)[None, :], 0.0) * scale
-        first = wide.to(tl.float16)
-        second = (wide - first.to(tl.float32)).to(tl.float16)
+        first, second = _halves(start + column[None, :], here[:, None] & (column < dim)[None, :], scale)
     for cluster in range(0, num_clusters, CLUSTERS):
         place = cluster + tl.arange(0, CLUSTERS)
         product = tl.zeros((ROWS, CLUSTERS), tl.float32)
         for at in range(0, PADDED, WIDTH):
             if not ONE_BLOCK:
                 inside = here[:, None] & (at + column < dim)[None, :]
-                wide = tl.load(start + at + column[None, :], inside, 0.0) * scale
-                first = wide.to(tl.float16)
-                second = (wide - first.to(tl.float32)).to(tl.float16)
+                first, second = _halves(start + at + column[None, :], inside, scale)
             where = place[None, :] * PADDED + at + column[:, None]
             table = tl.load(high + where)
             part = tl.dot(second, table)
@@ -168,27 +173,26 @@ def shape_for(num_clusters: int, dim: int) -> Shape:
     return replace(shape, width=width, clusters=clusters)
 
 
-class TritonPasses:
-    """`Passes` of one GPU."""
+class TritonPasses(TorchPasses):
+    """The same passes on an NVIDIA GPU."""
 
     error_copies = 64
     score_bytes = 0
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
 
     def table(self, centroids: np.ndarray, prices: np.ndarray | None, largest: float) -> Table:
         num_clusters, dim = centroids.shape
         shape = shape_for(num_clusters, dim)
         block, width = shape.clusters, shape.width
         scale = power_of_two(float(np.abs(centroids).max(initial=0.0)))
-        square = (centroids**2).sum(1)
+        cost, price = (centroids**2).sum(1), None
+        if prices is not None:
+            cost = cost + prices.astype(np.float32)
+            price = torch.from_numpy(prices.astype(np.float32)).to(self.device)
         half = np.full(-(-num_clusters // block) * block, np.inf, np.float32)
-        half[:num_clusters] = (square if prices is None else square + prices.astype(np.float32)) / 2
+        half[:num_clusters] = cost / 2
         wide = torch.zeros(len(half), -(-dim // width) * width, device=self.device)
         wide[:num_clusters, :dim] = torch.from_numpy(centroids * np.float32(scale)).to(self.device)
         high = wide.half()
-        price = None if prices is None else torch.from_numpy(prices.astype(np.float32)).to(self.device)
         return Table(
             high,
             (wide - high.float()).half(),

@@ -114,8 +114,10 @@ class OptimConfig(Section):
     epochs: int = Field(20, ge=1)
     evaluate_every: int = Field(1, ge=1, description="epochs between validations")
     patience: int = Field(3, ge=1, description="validations without a better NDCG@10 before stopping")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast where the device has it, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="of products, by autocast over float32 parameters; auto: bf16 on a GPU, else fp32; fp16 scales "
+        "its loss",
     )
     length_buckets: int = Field(
         0, ge=0, description="batches per window sorted by history length; 0 keeps the plain shuffle"
@@ -415,6 +417,19 @@ class VllmConfig(Section):
     kv_cache_mib: int = Field(0, ge=0, description="key-value cache on a CPU; 0: two full steps")
 
 
+class DeepspeedConfig(Section):
+    """What DeepSpeed's ZeRO may be told beyond its stage; sizes in numbers, not bytes."""
+
+    overlap_comm: bool = Field(True, description="reduce gradients while the backward pass goes on")
+    contiguous_gradients: bool = Field(True, description="copy gradients into one buffer as they are made")
+    reduce_bucket_size: int = Field(50_000_000, ge=1, description="gradients that are reduced at once")
+    allgather_bucket_size: int = Field(50_000_000, ge=1, description="parameters gathered at once (stage 1, 2)")
+    prefetch_bucket_size: int = Field(50_000_000, ge=0, description="parameters fetched ahead (stage 3)")
+    persistence_threshold: int = Field(100_000, ge=0, description="smaller parameters stay whole (stage 3)")
+    max_live_parameters: int = Field(1_000_000_000, ge=0, description="gathered parameters kept at most (stage 3)")
+    communication_dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of reduced gradients")
+
+
 class RuntimeConfig(Section):
     """Where and how fast; never part of a content hash."""
 
@@ -427,7 +442,27 @@ class RuntimeConfig(Section):
     engine: Literal["auto", "torch", "deepspeed"] = Field(
         "auto", description="auto: deepspeed under Ray, torch in a plain process"
     )
-    zero_stage: Literal[0, 1, 2] = 0
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="deepspeed: 1 shards the optimiser's moments, 2 gradients too, 3 parameters too"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="keep moments (zero_stage 1 to 3), or parameters as well (3), in the CPU's memory"
+    )
+    deepspeed: DeepspeedConfig = DeepspeedConfig()
+    micro_batches: int = Field(
+        0,
+        ge=0,
+        description="parts of a global batch over all workers, a multiple of num_workers: each worker adds up the "
+        "gradients of its parts; dropout goes by part, so it is the same for any number of workers. 0: one a worker",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep the inputs of Transformer layers only and compute the rest again in the backward pass"
+    )
+    step_mode: Literal["auto", "eager", "graph", "compile"] = Field(
+        "auto",
+        description="of training on a GPU by the torch engine; graph: CUDA graphs of whole steps; compile: fused by "
+        "torch.compile, then graphs; auto: graph",
+    )
     checkpoint_minutes: float = Field(1.0, ge=0, description="minutes between checkpoints; 0: every epoch only")
     keep_checkpoints: int = Field(2, ge=1)
     spmm: Literal["auto", "dgl", "torch", "triton"] = Field(
@@ -461,6 +496,17 @@ class RuntimeConfig(Section):
     max_failures: int = Field(1, ge=0, description="retries after real failures")
     max_preemptions: int = Field(10, ge=0, description="retries after node loss")
     progress_seconds: float = Field(15.0, gt=0, description="between plain progress lines")
+
+    @model_validator(mode="after")
+    def _parts(self) -> RuntimeConfig:
+        if self.micro_batches % self.num_workers:
+            raise ValueError(
+                f"runtime.micro_batches {self.micro_batches} must be a multiple of num_workers {self.num_workers}"
+            )
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"runtime.offload '{self.offload}' needs runtime.zero_stage {least} or more")
+        return self
 
 
 class Config(Section):

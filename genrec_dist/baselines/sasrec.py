@@ -58,6 +58,8 @@ class SasrecModel(nn.Module):
         )
         init_weights(self.item)
 
+    whole_parameters = ("item.weight",)
+
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Cross-entropy over the catalog at every position of the windows."""
         config = self.config

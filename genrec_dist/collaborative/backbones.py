@@ -113,7 +113,7 @@ class SasRec(nn.Module):
     def states(self, table_ND: torch.Tensor, history_BL: torch.Tensor) -> torch.Tensor:
         """User state after each place, (B, L, D). Right padding needs no mask: no real place looks at it."""
         length = history_BL.shape[1]
-        x_BLD = table_ND[history_BL] + self.position.weight[:length]
+        x_BLD = table_ND[history_BL] + self.position(torch.arange(length, device=table_ND.device))
         x_BLD = self.dropout(self.input_norm(x_BLD))
         for layer in self.layers:
             x_BLD = layer(x_BLD, None, causal=True)

@@ -89,6 +89,11 @@ class FusionModel(nn.Module):
             )
         nn.init.xavier_uniform_(self.adaption.linear.weight)
 
+    @property
+    def whole_parameters(self) -> list[str]:
+        """Parameters that are read outside of their own module's call."""
+        return ["collaborative.weight"] + ["backbone.mix"] * isinstance(self.backbone, Din)
+
     def items(self, indices: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of E_C, of E_T and of what the sequence model reads, for some items or all of them."""
         if indices is None:

@@ -111,7 +111,8 @@ class GptGenerator(nn.Module):
 
     def _sequence(self, items_Bn: torch.Tensor) -> torch.Tensor:
         """BOS and the codes of the items, (B, 1 + n L, D)."""
-        tokens = self.path_tokens(self.trie.item_path[items_Bn]) + self.position.weight[: items_Bn.shape[1], None]
+        place = self.position(torch.arange(items_Bn.shape[1], device=items_Bn.device))
+        tokens = self.path_tokens(self.trie.item_path[items_Bn]) + place[:, None]
         return torch.cat([self.bos.expand(len(items_Bn), 1, -1), tokens.flatten(1, 2)], 1)
 
     # Training

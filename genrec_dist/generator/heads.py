@@ -90,7 +90,7 @@ class ChildHead(nn.Module):
             if self.kind == "cosine":
                 query = F.normalize(query, dim=-1)
             if level == 0:  # dense first level: one matrix product, the same children for every row
-                table = self._unit(self.nodes.weight[1 : 1 + trie.widths[0]])
+                table = self._unit(self.nodes(torch.arange(1, 1 + trie.widths[0], device=query.device)))
                 return query @ table.T * self.scale
             children, valid = trie.children_of(nodes_B, level)
             table_BCN = self._unit(self.nodes(children))

@@ -151,7 +151,7 @@ class Generator(nn.Module):
 
     def start_tokens(self, batch: int) -> torch.Tensor:
         """First decoder inputs, (B, 1 or 2, D): [BOS], or [DIS, BOS] when the token stands at the start."""
-        tokens = [self.bos + self.step.weight[0]]
+        tokens = [self.bos + self._step(0)]
         if self.dense_token == "start":
             tokens.insert(0, self.dis_token())
         return torch.stack(tokens).expand(batch, -1, -1)
@@ -163,7 +163,10 @@ class Generator(nn.Module):
 
     def dis_token(self) -> torch.Tensor:
         """Decoder input of the distillation token, (D,)."""
-        return self.dis + self.step.weight[self.trie.max_depth + 1]
+        return self.dis + self._step(self.trie.max_depth + 1)
+
+    def _step(self, index: int) -> torch.Tensor:
+        return self.step(torch.full((), index, dtype=torch.int64, device=self.bos.device))
 
     def distilled(self, hidden: torch.Tensor) -> torch.Tensor:
         """Query of the distillation token in the space of the integrated embeddings."""

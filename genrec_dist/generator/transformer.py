@@ -6,9 +6,14 @@ Source: Vaswani et al. (2017); pre-norm as in Xiong et al. (2020).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -212,6 +217,22 @@ class CausalLayer(_SelfAttentionLayer):
         if cache is not None:
             key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
         return self._rest(x_BQD, self.attention.behind(normed, prefix, prefix_mask, (key, value), beams)), (key, value)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Make the Transformer layers of a model keep their inputs only, and compute the rest again in the backward pass.
+
+    Dropout draws the same numbers again. Layers used in search or evaluation are not changed by it.
+    """
+    for layer in model.modules():
+        if isinstance(layer, EncoderLayer | DecoderLayer | CausalLayer):
+            layer.forward = partial(_recomputed, layer, layer.forward)  # type: ignore[method-assign]
+
+
+def _recomputed(layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if not (layer.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -62,3 +62,9 @@ def _copy_rest(own: nn.Module, reference: nn.Module, norms: list[nn.LayerNorm]) 
     ffn = cast(nn.Sequential, own.ffn)
     cast(nn.Linear, reference.linear1).load_state_dict(ffn[0].state_dict())
     cast(nn.Linear, reference.linear2).load_state_dict(ffn[3].state_dict())
+
+
+def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter without what rounding decides: the bias of attention keys has gradient zero (softmax does not see
+    it), and Adam makes steps of its rounding."""
+    return tensor[len(tensor) // 2 :] if name.endswith("key_value.bias") else tensor

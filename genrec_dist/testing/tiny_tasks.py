@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from genrec_dist.baselines.sasrec import SasrecTask
-from genrec_dist.config import SasrecConfig
+from genrec_dist.config import DeepspeedConfig, RuntimeConfig, SasrecConfig
 from genrec_dist.generator.stage import GeneratorTask
 from genrec_dist.testing.tiny import tiny_generator, tiny_optim, tiny_sequences, tiny_trie
-from genrec_dist.training.engine import DeepSpeedEngine, Engine, TorchEngine
+from genrec_dist.training.deepspeed_engine import DeepSpeedEngine
+from genrec_dist.training.engine import Engine, TorchEngine
 from genrec_dist.training.worker import Worker
 
 NUM_ITEMS = 20
-ENGINES = ("torch", "zero0", "zero1", "zero2")
+ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 
 
 def sasrec_task(worker: Worker, dropout: float = 0.0, **optim) -> SasrecTask:
@@ -40,9 +41,15 @@ def generator_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTa
 TASKS: dict[str, Callable[..., Any]] = {"sasrec": sasrec_task, "generator": generator_task}
 
 
-def make(kind: str, task, worker: Worker) -> Engine:
-    """The engine called 'torch' or 'zero0' to 'zero2' around the task's model."""
+def make(kind: str, task, worker: Worker, **runtime) -> Engine:
+    """The engine called 'torch' or 'zero0' to 'zero3' around the task's model; stage 3 shards every parameter.
+
+    Args:
+        runtime: further settings of the runtime section.
+    """
     optim = task.config.optim
     if kind == "torch":
         return TorchEngine(task.model, optim, worker)
-    return DeepSpeedEngine(task.model, optim, worker, int(kind[-1]))
+    sizes = DeepspeedConfig(persistence_threshold=0)
+    settings = RuntimeConfig(zero_stage=int(kind[-1]), deepspeed=sizes, **runtime)
+    return DeepSpeedEngine(task.model, optim, worker, settings)

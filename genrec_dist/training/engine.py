@@ -1,23 +1,22 @@
-"""Engines that turn a model and an optimiser into a training step: plain torch, or DeepSpeed ZeRO.
+"""What the train loop needs of an engine, and the plain PyTorch one.
 
-Both show the same small face to the loop and the same canonical state (full parameters and Adam moments by
-name), so a checkpoint written under one engine, ZeRO stage or world size loads under another.
+Every engine shows the same small face to the loop and the same canonical state (full parameters and Adam moments by
+name), so a checkpoint written under one engine, ZeRO stage or world size loads under another. DeepSpeed's is in
+`deepspeed_engine`, that of tables sharded by owner in `sharded`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from genrec_dist.config import OptimConfig, RuntimeConfig
+from genrec_dist.training.losses import LossMeter, LossScale
 from genrec_dist.training.worker import Worker
 
 State = dict[str, torch.Tensor]
@@ -25,15 +24,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(Protocol):
-    """What the train loop needs."""
+    """A model and its optimiser, as the train loop sees them."""
 
     model: nn.Module
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+    def advance(
+        self, batches: Sequence[Any], learning_rate: float, meter: LossMeter, begin: Callable[[int], None]
+    ) -> None:
+        """One step over this worker's parts of a global batch, their losses added to the meter.
 
-    def backward(self, loss: torch.Tensor) -> None: ...
+        `begin` is called with the number of each part before its forward pass; it seeds the random numbers. With a loss
+        that is not finite the step is not applied: either this raises what `LossMeter.refuse` raises, or the update is
+        held back on the device, and every later one, until the loop asks the meter.
+        """
 
-    def step(self, learning_rate: float) -> None: ...
+    def whole(self) -> contextlib.AbstractContextManager:
+        """While it is open every worker holds all parameters; all workers have to open it together."""
 
     def state(self) -> State:
         """Parameters and persistent buffers ('model/...'), moments ('exp_avg/...', 'exp_avg_sq/...') and 'step', on the
@@ -42,10 +48,52 @@ class Engine(Protocol):
     def load(self, state: State) -> None: ...
 
 
+class StepByParts:
+    """`advance` out of forward, backward and step, for engines whose host looks at each loss."""
+
+    def advance(
+        self, batches: Sequence[Any], learning_rate: float, meter: LossMeter, begin: Callable[[int], None]
+    ) -> None:
+        """See `Engine`."""
+        found = []
+        for index, batch in enumerate(batches):
+            begin(index)
+            self.begin_part(index + 1 == len(batches))
+            losses = self.forward(batch)
+            self.backward(losses["loss"] / len(batches) if len(batches) > 1 else losses["loss"])
+            found.append({name: value.detach() for name, value in losses.items()})
+        meter.add(found)
+        meter.refuse()
+        self.step(learning_rate)
+
+    def begin_part(self, last: bool) -> None:
+        """Called before each part of a batch."""
+
+    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def backward(self, loss: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def step(self, learning_rate: float) -> None:
+        raise NotImplementedError
+
+    def whole(self) -> contextlib.AbstractContextManager:
+        """See `Engine`: they always do."""
+        return contextlib.nullcontext()
+
+
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimConfig, device: torch.device
+    parameters: Iterable[nn.Parameter], config: OptimConfig, on_device: bool = False
 ) -> torch.optim.Optimizer:
-    """Adam or AdamW; weight decay only on matrices, never on norms and biases."""
+    """Fused Adam or AdamW; weight decay only on matrices, never on norms and biases.
+
+    Args:
+        parameters: those without gradient are left out.
+        config: kind, rate, decay.
+        on_device: the learning rate is a tensor, and a step can be held back by the optimiser's `found_inf`, both on
+            the parameters' device: what CUDA graphs need.
+    """
     trained = [p for p in parameters if p.requires_grad]
     decay, plain = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [
@@ -54,13 +102,36 @@ def make_optimizer(
     ]
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     groups = [g for g in groups if g["params"]]
-    return kind(groups, lr=config.learning_rate, fused=device.type == "cuda" or None)
+    rate = torch.tensor(config.learning_rate, device=trained[0].device) if on_device else config.learning_rate
+    return kind(groups, lr=rate, fused=True, capturable=on_device)  # type: ignore[arg-type]
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """In place where it is a tensor, which a captured step reads."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def step_tensor(step: torch.Tensor, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """Adam's step count as the optimiser keeps it: fused ones beside the parameter."""
+    return step.detach().clone().float().to(parameter.device if optimizer.defaults.get("fused") else "cpu")
+
+
+def precision_of(config: OptimConfig, device: torch.device) -> torch.dtype:
+    """Type of products that the configuration and the device want."""
+    name = config.precision
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def autocast(config: OptimConfig, device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 autocast where the configuration and the device want it."""
-    wanted = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
+    """Autocast to the wanted type, nothing for float32."""
+    dtype = precision_of(config, device)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def average_gradients(parameters: list[nn.Parameter], worker: Worker) -> None:
@@ -73,7 +144,8 @@ def average_gradients(parameters: list[nn.Parameter], worker: Worker) -> None:
         p.grad = grad
 
 
-def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def named_trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that get gradients, by name."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -83,50 +155,70 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
-class TorchEngine:
+class TorchEngine(StepByParts):
     """Plain PyTorch; gradients are averaged over the workers by one flat all-reduce."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, worker: Worker) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig, worker: Worker, on_device: bool = False) -> None:
         self.model, self.config, self.worker = model, config, worker
-        self.optimizer = make_optimizer(model.parameters(), config, worker.device)
+        self.optimizer = make_optimizer(model.parameters(), config, on_device)
+        self.parameters = [p for _, p in named_trained(model)]
+        self.scale = LossScale.of(precision_of(config, worker.device))
+        self._last = True
         for tensor in model.state_dict().values():
             worker.broadcast(tensor)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def begin_part(self, last: bool) -> None:
+        self._last = last
+
+    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         with autocast(self.config, self.worker.device):
             return self.model(batch)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients([p for _, p in _named(self.model)], self.worker)
+        (loss * self.scale.value if self.scale else loss).backward()
+        if self._last:
+            average_gradients(self.parameters, self.worker)
 
     def step(self, learning_rate: float) -> None:
-        if self.config.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        set_learning_rate(self.optimizer, learning_rate)
+        if self._unscaled():
+            if self.config.clip_norm:
+                nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _unscaled(self) -> bool:
+        """Take the loss scale out of the gradients; False where they overflowed and the step has to be left out."""
+        if self.scale is None:
+            return True
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / self.scale.value)
+        return self.scale.update(bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())))
 
     def state(self) -> State:
-        return _torch_state(self.model, self.optimizer)
+        return torch_state(self.model, self.optimizer) | (self.scale.state() if self.scale else {})
 
     def load(self, state: State) -> None:
-        _load_torch_state(self.model, self.optimizer, state)
+        load_torch_state(self.model, self.optimizer, state)
+        if self.scale:
+            self.scale.load(state)
 
 
-def _buffer_state(model: nn.Module) -> State:
+def buffer_state(model: nn.Module) -> State:
+    """Persistent buffers, on the CPU."""
     return {f"model/{name}": value.detach().cpu().clone() for name, value in _buffers(model).items()}
 
 
-def _load_buffers(model: nn.Module, state: State) -> None:
+def load_buffers(model: nn.Module, state: State) -> None:
+    """What `buffer_state` gave, into the model."""
     for name, value in _buffers(model).items():
         value.copy_(state[f"model/{name}"])
 
 
-def _torch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    state: State = _buffer_state(model)
-    for name, p in _named(model):
+def torch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Canonical state of a model and an optimiser that both lie here whole."""
+    state: State = buffer_state(model)
+    for name, p in named_trained(model):
         state[f"model/{name}"] = p.detach().cpu().clone()
         slot = optimizer.state.get(p)
         if slot:
@@ -136,125 +228,34 @@ def _torch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     return state
 
 
-def _load_torch_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    _load_buffers(model, state)
-    for name, p in _named(model):
+def load_torch_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """What `torch_state` gave, into the model and the optimiser."""
+    load_buffers(model, state)
+    for name, p in named_trained(model):
         with torch.no_grad():
             p.copy_(state[f"model/{name}"])
         if f"{MOMENTS[0]}/{name}" in state:  # a parameter that never had a gradient has none
-            on_device = p.device if optimizer.defaults.get("fused") else torch.device("cpu")
-            optimizer.state[p] = {"step": state["step"].clone().float().to(on_device)} | {
+            optimizer.state[p] = {"step": step_tensor(state["step"], p, optimizer)} | {
                 m: state[f"{m}/{name}"].to(p.device, copy=True) for m in MOMENTS
             }
 
 
-class DeepSpeedEngine:
-    """DeepSpeed ZeRO stage 0 to 2 around the same optimiser.
-
-    Args:
-        zero_stage: 0 replicates, 1 shards optimiser states, 2 gradients too.
-    """
-
-    def __init__(self, model: nn.Module, config: OptimConfig, worker: Worker, zero_stage: int) -> None:
-        if worker.device.type == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"
-        if os.access(sys.prefix, os.W_OK):  # compiled operators belong to this environment, not to the user
-            os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
-        import deepspeed
-
-        # Operators that this machine could compile: none, else a first run on a CPU compiles one that only inference
-        # uses, for minutes.
-        vars(deepspeed.ops).setdefault("__compatible_ops__", {})
-        self.config, self.worker, self.zero_stage = config, worker, zero_stage
-        backend = "nccl" if worker.device.type == "cuda" else "gloo"
-        os.environ.setdefault("LOCAL_RANK", str(worker.device.index or 0))  # DeepSpeed insists on it
-        if worker.world_size == 1 and not dist.is_initialized():  # a plain process: a group of its own
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(model.parameters(), config, worker.device),
-            config=deepspeed_settings(config, worker.world_size, zero_stage),
-            dist_init_required=False,
-        )
-        self.model = self.engine.module
-        if zero_stage:
-            self._make_moments()
-
-    def _make_moments(self) -> None:
-        """ZeRO makes and links the Adam moments at its first step; a checkpoint may be read or written before it."""
-        for p in self.optimizer.single_partition_of_fp32_groups:
-            on_device = p.device if self._base.defaults.get("fused") else torch.device("cpu")
-            self._base.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=on_device)} | {
-                moment: torch.zeros_like(p) for moment in MOMENTS
-            }
-        self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    @property
-    def _base(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with autocast(self.config, self.worker.device):
-            return self.engine(batch)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss)
-
-    def step(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.engine.step()
-
-    def state(self) -> State:
-        if not self.zero_stage:
-            return _torch_state(self.model, self._base)
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        state: State = _buffer_state(self.model)
-        for name, p in _named(self.model):
-            state[f"model/{name}"] = safe_get_full_fp32_param(p).detach().cpu().clone()
-            for moment in MOMENTS:
-                state[f"{moment}/{name}"] = safe_get_full_optimizer_state(p, moment).detach().cpu().clone()
-        step = next(iter(self._base.state.values()))["step"]
-        return state | {"step": torch.as_tensor(float(step))}
-
-    def load(self, state: State) -> None:
-        if not self.zero_stage:
-            _load_torch_state(self.model, self._base, state)
-            return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        _load_buffers(self.model, state)
-        for name, p in _named(self.model):
-            with torch.no_grad():
-                p.copy_(state[f"model/{name}"])
-            safe_set_full_fp32_param(p, state[f"model/{name}"].to(p.device))
-            for moment in MOMENTS if "step" in state else ():
-                safe_set_full_optimizer_state(p, state[f"{moment}/{name}"].to(p.device), moment)
-        for slot in self._base.state.values():
-            if "step" in slot and "step" in state:
-                slot["step"] = state["step"].clone().float().to(torch.as_tensor(slot["step"]).device)
-
-
-def deepspeed_settings(config: OptimConfig, world_size: int, zero_stage: int) -> dict[str, Any]:
-    """DeepSpeed's own JSON for this optimiser and world size."""
-    return {
-        # Only for DeepSpeed's own bookkeeping: the loop cuts the batches, and the last of an epoch is smaller.
-        "train_micro_batch_size_per_gpu": max(1, config.batch_size // world_size),
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.clip_norm,
-        "zero_optimization": {"stage": zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1_000_000_000,
-    }
-
-
 def make_engine(model: nn.Module, config: OptimConfig, worker: Worker, runtime: RuntimeConfig) -> Engine:
     """The engine that the configuration names; 'auto' is DeepSpeed under Ray and torch in a plain process."""
+    if runtime.activation_checkpointing:
+        from genrec_dist.generator.transformer import checkpoint_activations
+
+        checkpoint_activations(model)
     wanted = runtime.engine
     if wanted == "auto":
         wanted = "deepspeed" if runtime.backend == "ray" else "torch"
     if wanted == "deepspeed":
-        return DeepSpeedEngine(model, config, worker, runtime.zero_stage)
+        from genrec_dist.training.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config, worker, runtime)
+    mode = "graph" if runtime.step_mode == "auto" else runtime.step_mode
+    if worker.device.type == "cuda" and mode != "eager" and config.precision != "fp16":
+        from genrec_dist.training.graphs import GraphEngine
+
+        return GraphEngine(model, config, worker, compiled=mode == "compile")
     return TorchEngine(model, config, worker)

@@ -2,8 +2,11 @@
 
 A task brings a model, an order of batches and a validation; the engine makes the step; the worker says who
 takes part. The loop owns schedule, logging, early stopping (by default on validation NDCG@10), and checkpoints. Random
-numbers of a step are seeded by (seed, step, rank), so a checkpoint needs no generator state and a resumed run
-on CPU is bitwise the uninterrupted one.
+numbers of a step are seeded by (seed, step, part of the batch), so a checkpoint needs no generator state and a resumed
+run on CPU is bitwise the uninterrupted one.
+
+A global batch is cut into parts, at least one a worker. A part is what a worker of that many workers would take, so
+neither gradients nor dropout depend on how the parts are shared out.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +23,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from genrec_dist.artifacts.files import append_jsonl, write_atomic
+from genrec_dist.artifacts.files import append_jsonl, write_atomic, write_json
 from genrec_dist.config import OptimConfig
 from genrec_dist.errors import DataError, TrainingError
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.checkpoints import Checkpoints, State
 from genrec_dist.training.engine import Engine
+from genrec_dist.training.losses import LossMeter, NonFinite
+from genrec_dist.training.meter import Meter
 from genrec_dist.training.order import BatchOrder
 from genrec_dist.training.sharded import ShardedEngine
 from genrec_dist.training.worker import Worker
@@ -59,11 +64,8 @@ class LoopState:
     waited: int = 0
     stopped: bool = False
     curve_lines: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    summed: int = 0
-    samples: int = 0
-    logged_seconds: float = 0.0
+    losses: dict[str, Any] = field(default_factory=dict)
+    meter: dict[str, float] = field(default_factory=dict)
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -79,6 +81,18 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 def local_part(indices: np.ndarray, worker: Worker) -> np.ndarray:
     """This worker's samples of a global batch."""
     return indices[worker.rank :: worker.world_size]
+
+
+def parts_of(worker: Worker, count: int) -> list[Worker]:
+    """The parts of every global batch that a worker takes, each as the worker that it would be.
+
+    Args:
+        worker: this process.
+        count: parts over all workers; 0: one a worker. Rounded up to a multiple of the workers.
+    """
+    each = max(1, -(-count // worker.world_size))
+    total = each * worker.world_size
+    return [replace(worker, rank=rank, world_size=total) for rank in range(worker.rank, total, worker.world_size)]
 
 
 class _Curves:
@@ -119,7 +133,8 @@ def train(
             engine writes no model: the best parameters are in it at the end, on worker 0 and the others alike.
         seed: of dropout and negatives.
         monitor: validation metric that decides, higher is better.
-        after_step: what else a step learns, given its number; on every worker, before any checkpoint of the step.
+        after_step: what else a step learns, given its number; on every worker, before any checkpoint of the step. Such
+            a task, and one with sharded tables, takes its batches whole.
         checkpoint_epochs: epochs between checkpoints, besides those by the clock.
 
     Returns:
@@ -129,50 +144,60 @@ def train(
         TrainingError: the loss is not finite; nothing was updated by that step.
     """
     checkpoints = Checkpoints(context.scratch / "checkpoints", context.runtime.keep_checkpoints)
+    if worker.is_main:
+        _keep_settings(engine, context)
     state, best = _restore(checkpoints, engine, context, worker)
     curves = _Curves(context.out / "curves.jsonl", state.curve_lines, worker.is_main)
+    losses = LossMeter(worker)
+    losses.start(state.step, state.losses)
+    meter = Meter.start(task, config, worker, state.meter)
+    whole_batches = after_step is not None or isinstance(engine, ShardedEngine)
+    parts = parts_of(worker, 0 if whole_batches else context.runtime.micro_batches)
     per_epoch = task.order.steps_per_epoch
     total = per_epoch * config.epochs
     log_every = max(1, min(100, per_epoch // 4))
-    clock = saved = time.monotonic()
+    saved = time.monotonic()
     while state.step < total and not state.stopped:
-        torch.manual_seed(_step_seed(seed, state.step, worker.rank))
         engine.model.train()
         indices = task.order.batch(state.step)
-        losses = engine.forward(task.batch(indices, worker))
-        engine.backward(losses["loss"])
-        _accumulate(state, losses, len(indices), worker, state.step / per_epoch)
+        with meter.waiting():
+            batches = [task.batch(indices, part) for part in parts]
         rate = learning_rate(config, state.step, total)
-        engine.step(rate)
-        if after_step is not None:
-            after_step(state.step)
-        state.step += 1
-        now = time.monotonic()
-        state.seconds, clock = state.seconds + now - clock, now
-        epoch_end = state.step % per_epoch == 0
-        if epoch_end or state.step % log_every == 0:
-            _log(state, curves, rate, per_epoch)
-            if worker.is_main:
-                context.progress(
-                    state.step,
-                    total,
-                    "steps",
-                    epoch=round(state.step / per_epoch, 2),
-                    best=round(max(state.best, 0), 5),
+        try:
+            engine.advance(batches, rate, losses, _seeding(parts, seed, state.step))
+            if after_step is not None:
+                after_step(state.step)
+            state.step += 1
+            meter.stepped(indices)
+            epoch_end = state.step % per_epoch == 0
+            if epoch_end or state.step % log_every == 0:
+                curves.add(
+                    split="train",
+                    step=state.step,
+                    epoch=round(state.step / per_epoch, 4),
+                    learning_rate=rate,
+                    **meter.read(),
+                    **losses.read(),
                 )
+                if worker.is_main:
+                    context.progress(
+                        state.step,
+                        total,
+                        "steps",
+                        epoch=round(state.step / per_epoch, 2),
+                        best=round(max(state.best, 0), 5),
+                    )
+        except NonFinite as error:
+            raise _blame(error, task, per_epoch, context, worker) from None
         if (epoch_end and (state.step // per_epoch) % config.evaluate_every == 0) or state.step == total:
-            best = _validate(task, engine, config, worker, state, best, curves, per_epoch, monitor)
-        due = context.runtime.checkpoint_minutes and now - saved >= 60 * context.runtime.checkpoint_minutes
+            with meter.validating():
+                best = _validate(task, engine, config, worker, state, best, curves, per_epoch, monitor)
+        due = context.runtime.checkpoint_minutes and now_is_due(saved, context.runtime.checkpoint_minutes)
         if worker.world_size > 1:  # every worker must take part in gathering: worker 0's clock decides
             due = bool(worker.broadcast(torch.tensor(float(due), device=worker.device)).item())
         if due or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
-            state.curve_lines = curves.lines
-            full = engine.state()
-            _refuse_poison(full, state.step)
-            if isinstance(engine, ShardedEngine):
-                checkpoints.save_sharded(state.step, asdict(state), full, best, worker)
-            elif worker.is_main:
-                checkpoints.save(state.step, asdict(state), full, best)
+            with meter.saving():
+                _save(checkpoints, engine, worker, state, best, curves, losses, meter)
             saved = time.monotonic()
     assert best is not None
     if isinstance(engine, ShardedEngine):  # its tables are the stage's to write, by owner
@@ -186,8 +211,26 @@ def train(
         "best_step": state.best_step,
         f"best_valid_{monitor}": state.best,
         "stopped_early": state.stopped,
-        "seconds": round(state.seconds, 2),
+        **meter.summary(),
     }
+
+
+def now_is_due(saved: float, minutes: float) -> bool:
+    return time.monotonic() - saved >= 60 * minutes
+
+
+def _keep_settings(engine: Engine | ShardedEngine, context: StageContext) -> None:
+    """DeepSpeed's JSON into the run folder, where there is one."""
+    settings = getattr(engine, "settings", None)
+    if settings is not None and context.events_file is not None:
+        write_json(context.events_file.parent / f"deepspeed-{context.title}.json", settings)
+
+
+def _seeding(parts: list[Worker], seed: int, step: int) -> Callable[[int], None]:
+    def begin(index: int) -> None:
+        torch.manual_seed(_step_seed(seed, step, parts[index].rank))
+
+    return begin
 
 
 def _refuse_poison(tensors: State, step: int) -> None:
@@ -241,34 +284,40 @@ def _tell_skipped(checkpoints: Checkpoints, context: StageContext, worker: Worke
         context.event("checkpoint_skipped", detail=problem)
 
 
-def _accumulate(state: LoopState, losses: dict[str, torch.Tensor], count: int, worker: Worker, epoch: float) -> None:
-    names = sorted(losses)
-    values = worker.sum(torch.stack([losses[n].detach().float() for n in names])) / worker.world_size
-    for name, value in zip(names, values.tolist()):
-        if not math.isfinite(value):
-            raise TrainingError(
-                "loss is not finite; the step was not applied",
-                where=f"step {state.step} (epoch {epoch:.2f})",
-                got=f"{name} = {value}",
-                expected="a finite number",
-                fix="lower the learning rate, raise warm-up, or set optim.precision=fp32",
-            )
-        state.sums[name] = state.sums.get(name, 0.0) + value
-    state.summed += 1
-    state.samples += count
+def _save(
+    checkpoints: Checkpoints,
+    engine: Engine | ShardedEngine,
+    worker: Worker,
+    state: LoopState,
+    best: State | None,
+    curves: _Curves,
+    losses: LossMeter,
+    meter: Meter,
+) -> None:
+    losses.refuse()
+    state.curve_lines, state.losses, state.meter = curves.lines, losses.state(), meter.state()
+    full = engine.state()
+    _refuse_poison(full, state.step)
+    if isinstance(engine, ShardedEngine):
+        checkpoints.save_sharded(state.step, asdict(state), full, best, worker)
+    elif worker.is_main:
+        checkpoints.save(state.step, asdict(state), full, best)
 
 
-def _log(state: LoopState, curves: _Curves, rate: float, per_epoch: int) -> None:
-    spent = state.seconds - state.logged_seconds
-    curves.add(
-        split="train",
-        step=state.step,
-        epoch=round(state.step / per_epoch, 4),
-        learning_rate=rate,
-        samples_per_second=round(state.samples / max(spent, 1e-9), 1),
-        **{name: total / state.summed for name, total in state.sums.items()},
+def _blame(error: NonFinite, task: Task, per_epoch: int, context: StageContext, worker: Worker) -> TrainingError:
+    """The error that a user reads, naming the batch; its samples are an event of the run."""
+    samples = [int(i) for i in task.order.batch(error.step)]
+    if worker.is_main:
+        context.event("loss_not_finite", step=error.step, samples=samples)
+    found = ", ".join(f"{name} = {value}" for name, value in error.found.items()) or "a loss of another worker"
+    shown = ", ".join(map(str, samples[:5])) + (", ..." if len(samples) > 5 else "")
+    return TrainingError(
+        "loss is not finite; the step was not applied",
+        where=f"step {error.step} (epoch {error.step / per_epoch:.2f}), batch of {len(samples)} samples: {shown}",
+        got=found,
+        expected="a finite number",
+        fix="lower the learning rate, raise warm-up, or set optim.precision=fp32; all samples are in events.jsonl",
     )
-    state.sums, state.summed, state.samples, state.logged_seconds = {}, 0, 0, state.seconds
 
 
 def _validate(
@@ -283,7 +332,8 @@ def _validate(
     monitor: str,
 ) -> State | None:
     engine.model.eval()
-    metrics = task.validate(worker)
+    with engine.whole():
+        metrics = task.validate(worker)
     if monitor not in metrics:
         raise DataError(
             "no user has a validation item",

@@ -17,7 +17,16 @@ from torch import nn
 
 from genrec_dist.config import OptimConfig, RuntimeConfig
 from genrec_dist.errors import CheckpointError, ConfigError
-from genrec_dist.training.engine import MOMENTS, State, autocast, average_gradients, make_optimizer
+from genrec_dist.training.engine import (
+    MOMENTS,
+    State,
+    StepByParts,
+    autocast,
+    average_gradients,
+    make_optimizer,
+    set_learning_rate,
+    step_tensor,
+)
 from genrec_dist.training.worker import Worker
 
 ROWS = "rows"
@@ -48,7 +57,7 @@ class ShardedModel(Protocol):
         """Parameter name -> global name of each of its rows here, (rows,) int64."""
 
 
-class ShardedEngine:
+class ShardedEngine(StepByParts):
     """Plain PyTorch around a model with sharded tables.
 
     Args:
@@ -67,10 +76,10 @@ class ShardedEngine:
         if model.is_sparse:
             self.optimizers.append(torch.optim.SparseAdam(list(self.tables.values()), lr=config.learning_rate))
             if self.dense:
-                self.optimizers.append(make_optimizer(self.dense.values(), config, worker.device))
+                self.optimizers.append(make_optimizer(self.dense.values(), config))
         else:
             parameters = [*self.tables.values(), *self.dense.values()]
-            self.optimizers.append(make_optimizer(parameters, config, worker.device))
+            self.optimizers.append(make_optimizer(parameters, config))
         for p in self.dense.values():
             worker.broadcast(p.detach())
 
@@ -93,8 +102,7 @@ class ShardedEngine:
         if self.config.clip_norm:
             self._clip()
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(optimizer, learning_rate)
             optimizer.step()
 
     def _clip(self) -> None:
@@ -146,8 +154,7 @@ class ShardedEngine:
             if f"{MOMENTS[0]}/{name}" in found and step is not None:
                 optimizer = next(o for o in self.optimizers if any(p is q for g in o.param_groups for q in g["params"]))
                 own = isinstance(optimizer, torch.optim.SparseAdam)
-                where = p.device if optimizer.defaults.get("fused") else torch.device("cpu")
-                optimizer.state[p] = {"step": int(step) if own else step.clone().float().to(where)} | {
+                optimizer.state[p] = {"step": int(step) if own else step_tensor(step, p, optimizer)} | {
                     moment: found[f"{moment}/{name}"].to(p.device, copy=True) for moment in MOMENTS
                 }
 

@@ -18,6 +18,7 @@ from genrec_dist.testing.faults import FaultyTask, InjectedFault, truncate
 from genrec_dist.testing.tiny import tiny_optim
 from genrec_dist.testing.tiny_tasks import TASKS, make, sasrec_task
 from genrec_dist.training.loop import learning_rate, local_part, train
+from genrec_dist.training.meter import MEASURED
 from genrec_dist.training.worker import Worker
 
 torch.set_num_threads(1)
@@ -42,11 +43,9 @@ def run(folder, task_name="sasrec", engine="torch", *, minutes=EVERY_STEP, fault
 
 def outcome(folder, summary, state) -> dict:
     """Everything that must not depend on where a run was killed."""
-    curves = [
-        {k: v for k, v in record.items() if k != "samples_per_second"} for record in read_jsonl(folder / "curves.jsonl")
-    ]
+    curves = [{k: v for k, v in line.items() if k not in MEASURED} for line in read_jsonl(folder / "curves.jsonl")]
     return {
-        "summary": {k: v for k, v in summary.items() if k != "seconds"},
+        "summary": {k: v for k, v in summary.items() if k not in MEASURED},
         "curves": curves,
         "model": (folder / "model.safetensors").read_bytes(),
         "state": {name: tensor.numpy().tobytes() for name, tensor in state.items()},
@@ -183,7 +182,7 @@ def test_the_last_step_is_always_validated(tmp_path):
     assert summary["best_step"] == summary["steps"]
 
 
-@pytest.mark.parametrize("engine", ["torch", "zero0", "zero2"])
+@pytest.mark.parametrize("engine", ["torch", "zero0", "zero2", "zero3"])
 def test_a_non_finite_loss_stops_before_the_step(tmp_path, engine):
     with pytest.raises(InjectedFault):
         run(tmp_path / "before", engine=engine, faults={"crash_at": 4})
@@ -191,7 +190,12 @@ def test_a_non_finite_loss_stops_before_the_step(tmp_path, engine):
     model = make(engine, task, Worker())
     with pytest.raises(TrainingError) as caught:
         train(FaultyTask(task, nan_at=4), model, task.config.optim, Worker(), make_context(tmp_path / "nan"), seed=1)
-    assert caught.value.where == f"step 4 (epoch {4 / task.order.steps_per_epoch:.2f})"
+    samples = task.order.batch(4).tolist()
+    assert caught.value.where == (
+        f"step 4 (epoch {4 / task.order.steps_per_epoch:.2f}), batch of 5 samples: {', '.join(map(str, samples))}"
+    )
+    named = [e for e in read_jsonl(tmp_path / "nan" / "events.jsonl") if e["event"] == "loss_not_finite"]
+    assert [(e["step"], e["samples"]) for e in named] == [(4, samples)]
     assert caught.value.got == "loss = nan"
     before = load_file(tmp_path / "before" / "scratch" / "checkpoints" / "step-4" / "state.safetensors")
     after = model.state()

@@ -172,7 +172,7 @@ def _cross_entropy(logits: torch.Tensor, label: torch.Tensor, smoothing: float) 
     log_p = logits.log_softmax(1)
     finite = torch.isfinite(log_p)
     uniform = -(log_p.masked_fill(~finite, 0.0).sum(1) / finite.sum(1))
-    return (1 - smoothing) * plain + smoothing * uniform[label >= 0].sum()
+    return (1 - smoothing) * plain + smoothing * uniform.where(label >= 0, uniform.new_zeros(())).sum()
 
 
 def node_means(trie: Trie, embeddings: torch.Tensor) -> torch.Tensor:

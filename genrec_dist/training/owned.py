@@ -91,9 +91,7 @@ class OwnedPrefixBatches:
 
     def local(self, indices: np.ndarray, worker: Worker) -> dict:
         """Rows of the own users, cut to their longest history, and the global count over the workers."""
-        mine = self._mine(indices)
-        width = int(self.samples.lengths[mine].max(initial=1))
-        return self.samples.gather(mine, width) | {"count": len(indices) / worker.world_size}
+        return self.samples.gather(self._mine(indices)) | {"count": len(indices) / worker.world_size}
 
     def target_items(self, indices: np.ndarray, worker: Worker) -> np.ndarray:
         """Target items of the global batch, by worker. All workers have to call this together."""

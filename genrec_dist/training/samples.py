@@ -98,12 +98,13 @@ def _arange(stop: int, like: Any) -> Any:
 class HistorySamples(Gatherer[PrefixSpans | HoldoutSpans]):
     """(history, target) pairs: the target is the item behind the history."""
 
-    def gather(self, indices: Indices, width: int) -> dict[str, torch.Tensor]:
+    def gather(self, indices: Indices, width: int | None = None) -> dict[str, torch.Tensor]:
         """One batch, padded.
 
         Args:
             indices: samples.
-            width: columns of the history.
+            width: columns of the history. None: the longest history of the batch, or `max_history` if `indices` are on
+                a device that gathers, where the longest would have to be waited for.
 
         Shapes:
             indices: (B,) int64, on the host or on the device.
@@ -111,10 +112,18 @@ class HistorySamples(Gatherer[PrefixSpans | HoldoutSpans]):
                 target (B,) int64.
         """
         items, start, stop = self._where(indices)
+        width = self._width(indices, start, stop) if width is None else width
         place = start[:, None] + _arange(width, start)
         mask = place < stop[:, None]
         history = items[place.clip(max=len(items) - 1)] * mask
         return {"history": self._widen(history), "mask": self._finish(mask), "target": self._widen(items[stop])}
+
+    def _width(self, indices: Indices, start: Any, stop: Any) -> int:
+        if isinstance(start, np.ndarray):
+            return int((stop - start).max(initial=1))
+        if isinstance(indices, np.ndarray):
+            return int(self.spans.lengths(indices).max(initial=1))
+        return self.spans.max_history
 
     def gather_packed(self, indices: Indices, multiple: int = 1) -> dict[str, torch.Tensor]:
         """One batch without padding: the histories' items one behind the other.

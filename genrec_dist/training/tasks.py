@@ -25,12 +25,10 @@ class PrefixBatches:
     Args:
         samples: gathered on the host or on the worker's device.
         order: global batches.
-        max_history: widest history.
     """
 
     samples: HistorySamples
     order: BatchOrder
-    max_history: int
 
     @classmethod
     def build(
@@ -38,19 +36,12 @@ class PrefixBatches:
     ) -> PrefixBatches:
         """Prefix samples of the train part in the order of `seed`."""
         samples = prefix_samples(sequences, max_history, device)
-        return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets), max_history)
+        return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets))
 
     def local(self, indices: Any, worker: Worker) -> dict:
-        """This worker's rows, and the global count over the workers.
-
-        Rows are cut to the longest history of the batch; of indices on a device, to `max_history`: the longest would
-        have to be waited for.
-        """
-        mine = local_part(indices, worker)
-        width = self.max_history
-        if isinstance(mine, np.ndarray):
-            width = int(self.samples.lengths[mine].max(initial=1))
-        return self.samples.gather(mine, width) | {"count": len(indices) / worker.world_size}
+        """This worker's rows, cut to their longest history (see `HistorySamples.gather`), and the global count over the
+        workers."""
+        return self.samples.gather(local_part(indices, worker)) | {"count": len(indices) / worker.world_size}
 
     def packed(self, indices: Any, worker: Worker, multiple: int = 1) -> dict:
         """This worker's rows without padding (see `HistorySamples.gather_packed`), and the global count."""

@@ -14,6 +14,7 @@ validation target, the rest is for training.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genrec_dist.artifacts.files import read_json
+from genrec_dist.catalog.mapped import FROM_INTERACTIONS, mapped_arrays
 from genrec_dist.errors import DataError
 
 NO_TIMESTAMP = np.iinfo(np.int64).min
@@ -100,7 +102,17 @@ class Catalog:
 
     @cached_property
     def sequences(self) -> Sequences:
-        return self._sequences(pq.read_table(self.folder / "sequences.parquet", columns=["items", "timestamps"]))
+        """All sequences: in memory, or mapped where they are many (see mapped.py)."""
+        path = self.folder / "sequences.parquet"
+        num_users, num_interactions = _size(path)
+        if num_interactions >= FROM_INTERACTIONS:
+            self._check_order()
+            try:
+                arrays = mapped_arrays(path, self.order, self.iterate_sequences(), num_users, num_interactions)
+                return Sequences(*arrays, self.num_items)
+            except OSError as error:
+                warnings.warn(f"sequences are read into memory, not mapped: {error}", RuntimeWarning, stacklevel=2)
+        return self._sequences(pq.read_table(path, columns=["items", "timestamps"]))
 
     def iterate_sequences(self) -> Iterator[Sequences]:
         """The sequences of one row group after the other: consecutive users, nothing else in memory."""
@@ -117,8 +129,12 @@ class Catalog:
             timestamps=stamps.flatten().fill_null(int(NO_TIMESTAMP)).to_numpy().astype(np.int64),
             num_items=self.num_items,
         )
+        self._check_order()
+        return sequences.by_item() if self.order == "file" else sequences
+
+    def _check_order(self) -> None:
         if self.order == "file":
-            return sequences.by_item()
+            return
         stats = self.folder / "stats.json"
         if stats.exists() and read_json(stats)["input"]["interactions"]["ordered_by"] == "item":
             raise DataError(
@@ -128,7 +144,6 @@ class Catalog:
                 expected="file",
                 fix="set catalog.order=file, or complete the source",
             )
-        return sequences
 
     @cached_property
     def num_items(self) -> int:
@@ -141,3 +156,13 @@ class Catalog:
     @cached_property
     def titles(self) -> list[str | None]:
         return pq.read_table(self.folder / "items.parquet", columns=["title"])["title"].to_pylist()
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Users and interactions of a sequences.parquet, from its footer."""
+    with pq.ParquetFile(path) as file:
+        metadata = file.metadata
+        names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        column = next(i for i, name in enumerate(names) if name.split(".")[0] == "items")
+        groups = (metadata.row_group(g).column(column) for g in range(metadata.num_row_groups))
+        return metadata.num_rows, sum(group.statistics.num_values for group in groups)

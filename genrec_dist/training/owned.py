@@ -6,6 +6,8 @@ process. What a worker needs of the others' samples are the target items of the 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -14,6 +16,7 @@ from genrec_dist.graph.exchange import gather_ids
 from genrec_dist.graph.layout import places_of_rows
 from genrec_dist.training.order import BatchOrder
 from genrec_dist.training.samples import HistorySamples, holdout_samples, prefix_samples
+from genrec_dist.training.spans import Lengths, cumulate, prefix_counts, prefix_lengths, user_of
 from genrec_dist.training.worker import Worker
 
 
@@ -47,12 +50,11 @@ class OwnedSequences:
 
     def holdouts(self, split: str, max_history: int, limit: int, device: torch.device) -> HistorySamples:
         """Validation or test histories of the own users among the first `limit` users that have one; 0: all."""
-        samples, own = holdout_samples(self.sequences, max_history, split, device)
-        if not limit:
-            return samples
-        place = np.cumsum(self.lengths >= 3) - 1  # of each user among those with held-out items
-        inside = torch.from_numpy(np.flatnonzero(place[self.users[own]] < limit)).to(device)
-        return HistorySamples(samples.items, samples.starts[inside], samples.targets[inside])
+        own = np.flatnonzero(self.sequences.lengths >= 3)
+        if limit:
+            place = np.cumsum(self.lengths >= 3) - 1  # of each user among those with held-out items
+            own = own[place[self.users[own]] < limit]
+        return holdout_samples(self.sequences, max_history, split, device, users=own)[0]
 
 
 class OwnedPrefixBatches:
@@ -71,43 +73,26 @@ class OwnedPrefixBatches:
         self, owned: OwnedSequences, max_history: int, batch_size: int, seed: int, buckets: int, device: torch.device
     ) -> None:
         self.max_history = max_history
-        train = np.where(owned.lengths >= 3, owned.lengths - 2, owned.lengths)
-        counts = np.maximum(train - 1, 0)
-        self._indptr = np.concatenate([[0], np.cumsum(counts)])
+        counts = prefix_counts(owned.lengths)
+        self._indptr = cumulate(counts)
         self._own_row = np.full(len(counts), -1, np.int32)
         self._own_row[owned.users] = np.arange(len(owned.users))
-        self._own_start = np.concatenate([[0], np.cumsum(counts[owned.users])])
+        self._own_start = cumulate(counts[owned.users])
         self.samples = prefix_samples(owned.sequences, max_history, device)
-        self._targets = self.samples.items[self.samples.targets].cpu().numpy()
-        self._lengths = self.samples.lengths
-        lengths = _PrefixLengths(self._indptr, max_history)
-        self.order = BatchOrder(int(self._indptr[-1]), batch_size, seed, lengths, buckets)  # type: ignore[arg-type]
+        lengths = Lengths(partial(prefix_lengths, self._indptr, max_history))
+        self.order = BatchOrder(int(self._indptr[-1]), batch_size, seed, lengths, buckets)
 
     def _mine(self, indices: np.ndarray) -> np.ndarray:
         """Own samples of a global batch, by their place among the own samples."""
-        user = np.searchsorted(self._indptr, indices, side="right") - 1
+        user = user_of(self._indptr, indices)
         row = self._own_row[user]
         mine = row >= 0
         return self._own_start[row[mine]] + (indices[mine] - self._indptr[user[mine]])
 
     def local(self, indices: np.ndarray, worker: Worker) -> dict:
         """Rows of the own users, cut to their longest history, and the global count over the workers."""
-        mine = self._mine(indices)
-        width = int(self._lengths[mine].max(initial=1))
-        batch = self.samples.gather(torch.from_numpy(mine).to(worker.device), width)
-        return batch | {"count": len(indices) / worker.world_size}
+        return self.samples.gather(self._mine(indices)) | {"count": len(indices) / worker.world_size}
 
     def target_items(self, indices: np.ndarray, worker: Worker) -> np.ndarray:
         """Target items of the global batch, by worker. All workers have to call this together."""
-        return gather_ids(self._targets[self._mine(indices)], worker)
-
-
-class _PrefixLengths:
-    """History lengths of samples, worked out when they are asked for."""
-
-    def __init__(self, indptr: np.ndarray, max_history: int) -> None:
-        self.indptr, self.max_history = indptr, max_history
-
-    def __getitem__(self, samples: np.ndarray) -> np.ndarray:
-        user = np.searchsorted(self.indptr, samples, side="right") - 1
-        return np.minimum(samples - self.indptr[user] + 1, self.max_history)
+        return gather_ids(self.samples.targets(self._mine(indices)), worker)

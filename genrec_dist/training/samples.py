@@ -1,130 +1,234 @@
-"""Training samples and evaluation histories gathered from CSR sequences by tensor indexing.
+"""Training samples and evaluation histories gathered from CSR sequences.
 
-No per-sample Python: a batch is one gather on the device that holds the item array. Padding is a mask; the
-index at a masked place is 0 and means nothing.
+No per-sample Python, and no array with an entry for each sample: see spans.py. The item array stays int32, on the host
+perhaps a memory map; only batches are int64. Where a batch is gathered:
+
+- on the host, from the array or map, by numpy; for a GPU it is pinned and copied without waiting (int32 on the way);
+- on the GPU, when what it needs takes at most a sixteenth of its memory: 4 bytes an interaction and 24 a user, 3.6 GB
+  of 80 for 571 million interactions of 54 million users. All samples of the same sequences share one copy.
+
+Padding is a mask; the index at a masked place is 0 and means nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from genrec_dist.catalog.dataset import Sequences
+from genrec_dist.training.spans import HoldoutSpans, Lengths, PrefixSpans, Spans, WindowSpans, cumulate, shared_tensor
+
+Indices = np.ndarray | torch.Tensor
+S = TypeVar("S", bound=Spans)
+
+RESIDENT_SHARE = 16
+"""A GPU gathers by itself when the sequences take at most 1 / RESIDENT_SHARE of its memory."""
 
 
-@dataclass
-class HistorySamples:
-    """(history, target) pairs given by the target's position in the item array.
+def fits_device(sequences: Sequences, device: torch.device) -> bool:
+    """True where the device should hold the sequences and gather batches by itself; never on a CPU."""
+    if device.type != "cuda":
+        return False
+    needed = 4 * len(sequences.items) + 3 * 8 * len(sequences.indptr)
+    return needed <= torch.cuda.get_device_properties(device).total_memory // RESIDENT_SHARE
+
+
+def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A batch's array as a tensor: no copy on a CPU; pinned and copied without waiting to a GPU."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Gatherer(Generic[S]):
+    """Samples of some sequences, gathered on the host or on a device.
 
     Args:
-        items: (num_interactions,) int64 on the device.
-        starts: (n,) first position of the history window.
-        targets: (n,) position of the target.
+        items: item array, (num_interactions,) int32.
+        spans: places of each sample.
+        device: where batches are wanted.
+        resident: gather on the device from a copy of the item array.
     """
 
-    items: torch.Tensor
-    starts: torch.Tensor
-    targets: torch.Tensor
+    def __init__(self, items: np.ndarray, spans: S, device: torch.device, resident: bool) -> None:
+        self.items, self.spans, self.device, self.resident = items, spans, device, resident
+        self._items = shared_tensor(items, device) if resident else None
+        self._spans = spans.to(device) if resident else spans
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.spans)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """History lengths, (n,) int64."""
-        return (self.targets - self.starts).cpu().numpy()
+    def lengths(self) -> Lengths:
+        """History lengths: `lengths[samples]`, numpy arrays both."""
+        return Lengths(self.spans.lengths)
 
-    def gather(self, indices: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
-        """One batch.
+    def tokens_of(self, indices: Indices) -> int:
+        """Items of the histories of a batch; what the targets add is the caller's to count."""
+        return int(self.spans.lengths(_host(indices)).sum())
+
+    def _where(self, indices: Indices) -> tuple[Any, Any, Any]:
+        """Item array, first and last + 1 place of each sample, where the batch is gathered."""
+        if self._items is not None:
+            tensor = send(indices, self.device) if isinstance(indices, np.ndarray) else indices
+            return self._items, *self._spans.places(tensor)
+        return self.items, *self.spans.places(_host(indices))
+
+    def _widen(self, items: Any) -> torch.Tensor:
+        """int32 items of a batch -> int64 on the device."""
+        if isinstance(items, torch.Tensor):
+            return items.long()
+        return send(items, self.device).long()
+
+    def _finish(self, values: Any) -> torch.Tensor:
+        return values if isinstance(values, torch.Tensor) else send(values, self.device)
+
+
+def _host(indices: Indices) -> np.ndarray:
+    return indices.cpu().numpy() if isinstance(indices, torch.Tensor) else indices
+
+
+def _arange(stop: int, like: Any) -> Any:
+    if isinstance(like, torch.Tensor):
+        return torch.arange(stop, device=like.device)
+    return np.arange(stop)
+
+
+class HistorySamples(Gatherer[PrefixSpans | HoldoutSpans]):
+    """(history, target) pairs: the target is the item behind the history."""
+
+    def gather(self, indices: Indices, width: int | None = None) -> dict[str, torch.Tensor]:
+        """One batch, padded.
 
         Args:
             indices: samples.
-            width: columns of the history.
+            width: columns of the history. None: the longest history of the batch, or `max_history` if `indices` are on
+                a device that gathers, where the longest would have to be waited for.
 
         Shapes:
-            indices: (B,) int64.
+            indices: (B,) int64, on the host or on the device.
             returns: history (B, width) int64, oldest first, right-padded; mask (B, width) bool, True at items;
                 target (B,) int64.
         """
-        start, target = self.starts[indices], self.targets[indices]
-        position = start[:, None] + torch.arange(width, device=start.device)
-        mask = position < target[:, None]
-        history = self.items[position.clamp(max=len(self.items) - 1)] * mask
-        return {"history": history, "mask": mask, "target": self.items[target]}
+        items, start, stop = self._where(indices)
+        width = self._width(indices, start, stop) if width is None else width
+        place = start[:, None] + _arange(width, start)
+        mask = place < stop[:, None]
+        history = items[place.clip(max=len(items) - 1)] * mask
+        return {"history": self._widen(history), "mask": self._finish(mask), "target": self._widen(items[stop])}
+
+    def _width(self, indices: Indices, start: Any, stop: Any) -> int:
+        if isinstance(start, np.ndarray):
+            return int((stop - start).max(initial=1))
+        if isinstance(indices, np.ndarray):
+            return int(self.spans.lengths(indices).max(initial=1))
+        return self.spans.max_history
+
+    def gather_packed(self, indices: Indices, multiple: int = 1) -> dict[str, torch.Tensor]:
+        """One batch without padding: the histories' items one behind the other.
+
+        Args:
+            indices: samples. As a device's tensor their number of items has to be waited for.
+            multiple: T is raised to a multiple of it by item 0 in row B, at place 0, which `unpack` drops.
+
+        Shapes:
+            indices: (B,) int64, on the host or on the device.
+            returns: tokens (T,) int64; row (T,) int64, sample of the batch; place (T,) int64 in its history, 0 the
+                oldest; lengths (B,) int64; offsets (B + 1,) int64, first token of each history; target (B,) int64.
+        """
+        items, start, stop = self._where(indices)
+        lengths, rows = stop - start, _arange(len(start), start)
+        offsets: Any
+        if isinstance(lengths, torch.Tensor):
+            total = self.tokens_of(indices) if isinstance(indices, np.ndarray) else int(lengths.sum())
+            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+            row = rows.repeat_interleave(lengths, output_size=total)
+        else:
+            offsets = cumulate(lengths)
+            total, row = int(offsets[-1]), np.repeat(rows, lengths)
+        place = _arange(total, start) - offsets[row]
+        packed = {"tokens": self._widen(items[start[row] + place]), "row": self._finish(row)}
+        packed |= {"place": self._finish(place), "lengths": self._finish(lengths), "offsets": self._finish(offsets)}
+        if extra := -total % multiple:
+            for name, value in (("tokens", 0), ("row", len(start)), ("place", 0)):
+                packed[name] = torch.nn.functional.pad(packed[name], (0, extra), value=value)
+        return packed | {"target": self._widen(items[stop])}
+
+    def targets(self, indices: np.ndarray) -> np.ndarray:
+        """Target items, (B,) int32, on the host."""
+        _, stop = self.spans.places(indices)
+        return np.asarray(self.items[stop])
 
 
-def _samples(sequences: Sequences, starts: np.ndarray, targets: np.ndarray, device: torch.device) -> HistorySamples:
-    as_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)  # noqa: E731
-    return HistorySamples(as_tensor(sequences.items), as_tensor(starts), as_tensor(targets))
-
-
-def prefix_samples(sequences: Sequences, max_history: int, device: torch.device) -> HistorySamples:
-    """Every prefix of every user's train part as one sample: history of at most `max_history`, next item."""
-    train_end, _, _ = sequences.split_ends()
-    counts = np.maximum(train_end - sequences.indptr[:-1] - 1, 0)
-    user = np.repeat(np.arange(sequences.num_users), counts)
-    offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    targets = sequences.indptr[user] + 1 + offset
-    return _samples(sequences, np.maximum(sequences.indptr[user], targets - max_history), targets, device)
-
-
-def holdout_samples(
-    sequences: Sequences, max_history: int, split: str, device: torch.device
-) -> tuple[HistorySamples, np.ndarray]:
-    """Histories before the validation or test target of each user that has one.
-
-    Args:
-        split: 'valid' or 'test'.
-
-    Returns:
-        The samples, and the user index of each.
-    """
-    _, valid, test = sequences.split_ends()
-    position = valid if split == "valid" else test
-    users = np.flatnonzero(position >= 0)
-    targets = position[users]
-    starts = np.maximum(sequences.indptr[users], targets - max_history)
-    return _samples(sequences, starts, targets, device), users
-
-
-@dataclass
-class RowSamples:
+class RowSamples(Gatherer[WindowSpans]):
     """Windows of user sequences for models with a loss at every position (causal self-attention).
 
     A window covers at most `width` inputs; the targets are the inputs shifted by one.
     """
 
-    items: torch.Tensor
-    starts: torch.Tensor
-    counts: torch.Tensor
-    width: int
+    @property
+    def width(self) -> int:
+        """Inputs of a window at most."""
+        return self.spans.width
 
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def gather(self, indices: torch.Tensor, width: int = 0) -> dict[str, torch.Tensor]:
+    def gather(self, indices: Indices, width: int = 0) -> dict[str, torch.Tensor]:
         """One batch: history, targets (B, width) int64 and mask (B, width) bool, right-padded; 0: the widest."""
-        offset = torch.arange(width or self.width, device=self.starts.device)
-        position = self.starts[indices][:, None] + offset
-        mask = offset < self.counts[indices][:, None]
-        last = len(self.items) - 1
+        items, start, stop = self._where(indices)
+        place = start[:, None] + _arange(width or self.width, start)
+        mask = place < stop[:, None]
+        last = len(items) - 1
         return {
-            "history": self.items[position.clamp(max=last)] * mask,
-            "targets": self.items[(position + 1).clamp(max=last)] * mask,
-            "mask": mask,
+            "history": self._widen(items[place.clip(max=last)] * mask),
+            "targets": self._widen(items[(place + 1).clip(max=last)] * mask),
+            "mask": self._finish(mask),
         }
 
+    def targets(self, indices: np.ndarray) -> np.ndarray:
+        """Target items of some windows, one window after the other, int32, on the host."""
+        start, stop = self.spans.places(indices)
+        counts = stop - start
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.asarray(self.items[np.repeat(start, counts) + within + 1])
 
-def row_samples(sequences: Sequences, width: int, device: torch.device) -> RowSamples:
+
+def prefix_samples(
+    sequences: Sequences, max_history: int, device: torch.device, resident: bool | None = None
+) -> HistorySamples:
+    """Every prefix of every user's train part as one sample: history of at most `max_history`, next item.
+
+    Args:
+        resident: gather on the device; None: where it fits.
+    """
+    resident = fits_device(sequences, device) if resident is None else resident
+    return HistorySamples(sequences.items, PrefixSpans.of(sequences, max_history), device, resident)
+
+
+def holdout_samples(
+    sequences: Sequences,
+    max_history: int,
+    split: str,
+    device: torch.device,
+    resident: bool | None = None,
+    users: np.ndarray | None = None,
+) -> tuple[HistorySamples, np.ndarray]:
+    """Histories before the validation or test target of each user that has one.
+
+    Args:
+        split: 'valid' or 'test'.
+        resident: gather on the device; None: where it fits.
+        users: some of those users, (n,) int64; None: all.
+
+    Returns:
+        The samples, and the user index of each.
+    """
+    users = np.flatnonzero(sequences.lengths >= 3) if users is None else users
+    spans = HoldoutSpans(users, sequences.indptr, 2 if split == "valid" else 1, max_history)
+    resident = fits_device(sequences, device) if resident is None else resident
+    return HistorySamples(sequences.items, spans, device, resident), users
+
+
+def row_samples(sequences: Sequences, width: int, device: torch.device, resident: bool | None = None) -> RowSamples:
     """Cut each user's train part into windows of `width` inputs; every next item is a target exactly once."""
-    train_end, _, _ = sequences.split_ends()
-    pairs = np.maximum(train_end - sequences.indptr[:-1] - 1, 0)
-    windows = -(-pairs // width)
-    user = np.repeat(np.arange(sequences.num_users), windows)
-    index = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)
-    starts = sequences.indptr[user] + index * width
-    counts = np.minimum(pairs[user] - index * width, width)
-    as_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)  # noqa: E731
-    return RowSamples(as_tensor(sequences.items), as_tensor(starts), as_tensor(counts), width)
+    resident = fits_device(sequences, device) if resident is None else resident
+    return RowSamples(sequences.items, WindowSpans.of(sequences, width), device, resident)

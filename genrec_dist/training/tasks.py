@@ -6,6 +6,7 @@ Everything here is a function of the global batch alone, so gradients do not dep
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch
 from genrec_dist.catalog.dataset import Sequences
 from genrec_dist.training.loop import local_part
 from genrec_dist.training.order import BatchOrder
-from genrec_dist.training.samples import HistorySamples, RowSamples, prefix_samples, row_samples
+from genrec_dist.training.samples import HistorySamples, Indices, RowSamples, prefix_samples, row_samples
 from genrec_dist.training.worker import Worker
 
 
@@ -22,18 +23,12 @@ class PrefixBatches:
     """Every prefix of a user as one sample.
 
     Args:
-        samples: on the worker's device.
+        samples: gathered on the host or on the worker's device.
         order: global batches.
-        max_history: widest history.
     """
 
     samples: HistorySamples
     order: BatchOrder
-    max_history: int
-
-    def __post_init__(self) -> None:
-        self._lengths = self.samples.lengths
-        self._targets = self.samples.items[self.samples.targets].cpu().numpy()
 
     @classmethod
     def build(
@@ -41,18 +36,25 @@ class PrefixBatches:
     ) -> PrefixBatches:
         """Prefix samples of the train part in the order of `seed`."""
         samples = prefix_samples(sequences, max_history, device)
-        return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets), max_history)
+        return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets))
 
-    def local(self, indices: np.ndarray, worker: Worker) -> dict:
-        """This worker's rows, cut to their longest history, and the global count over the workers."""
-        mine = local_part(indices, worker)
-        width = int(self._lengths[mine].max(initial=1))
-        batch = self.samples.gather(torch.from_numpy(mine).to(worker.device), width)
-        return batch | {"count": len(indices) / worker.world_size}
+    def local(self, indices: Any, worker: Worker) -> dict:
+        """This worker's rows, cut to their longest history (see `HistorySamples.gather`), and the global count over the
+        workers."""
+        return self.samples.gather(local_part(indices, worker)) | {"count": len(indices) / worker.world_size}
+
+    def packed(self, indices: Any, worker: Worker, multiple: int = 1) -> dict:
+        """This worker's rows without padding (see `HistorySamples.gather_packed`), and the global count."""
+        packed = self.samples.gather_packed(local_part(indices, worker), multiple)
+        return packed | {"count": len(indices) / worker.world_size}
 
     def target_items(self, indices: np.ndarray) -> np.ndarray:
         """Target items of a global batch."""
-        return self._targets[indices]
+        return self.samples.targets(indices)
+
+    def tokens_of(self, indices: Indices) -> int:
+        """Items of the histories of a global batch."""
+        return self.samples.tokens_of(indices)
 
 
 @dataclass
@@ -62,30 +64,29 @@ class RowBatches:
     samples: RowSamples
     order: BatchOrder
 
-    def __post_init__(self) -> None:
-        self._counts = self.samples.counts.cpu().numpy()
-        self._starts = self.samples.starts.cpu().numpy()
-        self._items = self.samples.items.cpu().numpy()
-
     @classmethod
     def build(
         cls, sequences: Sequences, width: int, batch_size: int, seed: int, device: torch.device, buckets: int = 0
     ) -> RowBatches:
         """Windows of the train part in the order of `seed`; with buckets, of like length and cut to it."""
         samples = row_samples(sequences, width, device)
-        return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.counts.cpu().numpy(), buckets))
+        return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets))
 
     def local(self, indices: np.ndarray, worker: Worker) -> dict:
         """This worker's rows and the global count of targets over the workers."""
         mine = local_part(indices, worker)
-        width = int(self._counts[mine].max(initial=1)) if self.order.buckets else self.samples.width
-        rows = self.samples.gather(torch.from_numpy(mine).to(worker.device), width)
-        return rows | {"count": float(self._counts[indices].sum()) / worker.world_size}
+        width = self.samples.width
+        if self.order.buckets:
+            width = int(self.samples.lengths[mine].max(initial=1))
+        return self.samples.gather(mine, width) | {"count": float(self.tokens_of(indices)) / worker.world_size}
 
     def target_items(self, indices: np.ndarray) -> np.ndarray:
         """Target items of a global batch."""
-        parts = [self._items[s + 1 : s + 1 + c] for s, c in zip(self._starts[indices], self._counts[indices])]
-        return np.concatenate(parts)
+        return self.samples.targets(indices)
+
+    def tokens_of(self, indices: Indices) -> int:
+        """Inputs of a global batch, as many as targets."""
+        return self.samples.tokens_of(indices)
 
 
 def alignment_batch(target_items: np.ndarray, worker: Worker) -> dict:

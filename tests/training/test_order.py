@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genrec_dist.training import order as order_module
 from genrec_dist.training.order import BatchOrder, permute
 
+CPU = torch.device("cpu")
 FROZEN_PERMUTATION = [1, 6, 2, 4, 0, 3, 7, 5]
 FROZEN_BATCHES = [[1, 9, 5], [6, 7, 3], [8, 4, 0], [2]]
 
@@ -100,3 +103,22 @@ def test_buckets_gather_like_lengths_and_shuffle_the_batches():
 
 def test_buckets_without_lengths_are_the_plain_order():
     assert BatchOrder(50, 7, 1, None, 4).batch(3).tolist() == BatchOrder(50, 7, 1).batch(3).tolist()
+
+
+@pytest.mark.parametrize("device", [None, CPU], ids=["numpy", "torch"])
+@pytest.mark.parametrize("permuted", [1, 24, 30, 10_000])
+def test_windows_of_any_size_give_the_same_batches(device, permuted):
+    plain, other = BatchOrder(103, 8, 3), BatchOrder(103, 8, 3, device=device, permuted=permuted)
+    for step in (*range(3 * plain.steps_per_epoch), 5, 20, 0):
+        epoch, index = divmod(step, plain.steps_per_epoch)
+        alone = permute(np.arange(index * 8, min(index * 8 + 8, 103)), 103, 3, epoch)
+        assert plain.batch(step).tolist() == other.batch(step).tolist() == alone.tolist()
+
+
+def test_a_window_is_permuted_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(order_module, "permute", lambda *args: calls.append(len(args[0])) or permute(*args))
+    order = BatchOrder(103, 8, 3, device=CPU, permuted=40)
+    for step in range(order.steps_per_epoch):
+        order.batch(step)
+    assert calls == [40, 40, 23]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,8 @@ def test_prefix_samples_against_loops(lengths, window):
     ]
     samples = prefix_samples(sequences, window, CPU)
     assert len(samples) == len(expected)
-    assert samples.lengths.tolist() == [len(history) for history, _ in expected]
+    assert samples.lengths[np.arange(len(samples))].tolist() == [len(history) for history, _ in expected]
+    assert samples.tokens_of(np.arange(len(samples))) == sum(len(history) for history, _ in expected)
     if expected:
         assert rows(samples.gather(torch.arange(len(expected)), window)) == expected
 
@@ -66,6 +69,90 @@ def test_holdout_samples_against_loops(lengths, window, split):
     assert users.tolist() == [user for user, _, _ in expected]
     if expected:
         assert rows(samples.gather(torch.arange(len(expected)), window)) == [(h, t) for _, h, t in expected]
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 6), st.sampled_from(["prefix", "valid", "test", "row"]), st.data())
+def test_a_device_gathers_what_the_host_gathers(lengths, window, kind, data):
+    """The device's way, on the CPU: the same function on tensors."""
+    sequences = sequences_of(lengths)
+    samples_of = {"prefix": prefix_samples, "row": row_samples}
+    host, device = (
+        samples_of[kind](sequences, window, CPU, resident)
+        if kind in samples_of
+        else holdout_samples(sequences, window, kind, CPU, resident)[0]
+        for resident in (False, True)
+    )
+    assert len(host) == len(device)
+    if not len(host):
+        return
+    chosen = np.array(data.draw(st.lists(st.integers(0, len(host) - 1), min_size=1, max_size=9)))
+    if kind != "row":  # cut to the longest, where nothing has to be waited for
+        longest = int(host.lengths[chosen].max())
+        assert host.gather(torch.from_numpy(chosen))["mask"].shape[1] == longest
+        assert device.gather(chosen)["mask"].shape[1] == longest
+        assert device.gather(torch.from_numpy(chosen))["mask"].shape[1] == window
+    kinds = [lambda samples, indices: samples.gather(indices, window)]
+    if kind != "row":
+        kinds += [lambda samples, indices: samples.gather_packed(indices, 4)]
+    for gather in kinds:
+        one = gather(host, chosen)
+        for indices in (chosen, torch.from_numpy(chosen)):
+            same_batch(one, gather(device, indices))
+            same_batch(one, gather(host, indices))
+    assert host.tokens_of(chosen) == device.tokens_of(torch.from_numpy(chosen))
+
+
+def same_batch(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype == (torch.bool if name == "mask" else torch.int64)
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_samples_share_one_copy_on_a_device_and_leave_the_host_alone():
+    sequences = tiny_sequences(20, 15)
+    sequences.items.flags.writeable = False  # as a mapped array is
+    prefixes = prefix_samples(sequences, 4, CPU, resident=True)
+    held, _ = holdout_samples(sequences, 4, "valid", CPU, resident=True)
+    assert prefixes._items is held._items
+    assert prefixes._spans.indptr is held._spans.indptr
+    assert prefixes._items.dtype == torch.int32
+    batch = prefix_samples(sequences, 4, CPU).gather(np.arange(5), 4)
+    assert all(torch.equal(value, prefixes.gather(torch.arange(5), 4)[name]) for name, value in batch.items())
+
+
+def test_memory_grows_with_users_not_with_interactions():
+    lengths = np.full(50, 2000)
+    items = np.zeros(lengths.sum(), np.int32)
+    sequences = Sequences(np.concatenate([[0], np.cumsum(lengths)]), items, np.zeros(0, np.int64), 1)
+    tracemalloc.start()
+    for samples in (prefix_samples(sequences, 20, CPU), row_samples(sequences, 20, CPU)):
+        samples.gather(np.arange(10), 20)
+    assert holdout_samples(sequences, 20, "test", CPU)[0].items is items
+    assert tracemalloc.get_traced_memory()[1] < 50_000  # an int32 a prefix would be 400 kB
+    tracemalloc.stop()
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 6), st.integers(1, 7))
+def test_packed_batches_hold_the_items_alone(lengths, window, multiple):
+    samples = prefix_samples(sequences_of(lengths), window, CPU)
+    if not len(samples):
+        return
+    chosen = np.arange(len(samples))[::-2]
+    padded, packed = samples.gather(chosen, window), samples.gather_packed(chosen, multiple)
+    total = samples.tokens_of(chosen)
+    assert len(packed["tokens"]) == -(-total // multiple) * multiple
+    assert packed["tokens"][:total].tolist() == padded["history"][padded["mask"]].tolist()
+    row, place = (part.tolist() for part in padded["mask"].nonzero(as_tuple=True))
+    extra = len(packed["tokens"]) - total
+    assert packed["row"].tolist() == row + [len(chosen)] * extra
+    assert packed["place"].tolist() == place + [0] * extra
+    assert packed["tokens"][total:].tolist() == [0] * extra
+    assert packed["lengths"].tolist() == padded["mask"].sum(1).tolist()
+    assert packed["offsets"].tolist() == [0, *packed["lengths"].cumsum(0).tolist()]
+    assert torch.equal(packed["target"], padded["target"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,13 +175,10 @@ def test_row_samples_predict_every_next_item_once(lengths, width):
 def test_the_held_out_items_of_a_user_never_train():
     sequences = tiny_sequences(50, 40, seed=3)
     seen = {(u, n) for u, items in enumerate(by_user(sequences)) for n in range(len(train_part(items)))}
-    samples = prefix_samples(sequences, 5, CPU)
-    user = np.searchsorted(sequences.indptr, samples.targets.numpy(), side="right") - 1
-    assert {(int(u), int(t - sequences.indptr[u])) for u, t in zip(user, samples.targets)} <= seen
-    windows = row_samples(sequences, 5, CPU)
-    last = windows.starts + windows.counts
-    user = np.searchsorted(sequences.indptr, windows.starts.numpy(), side="right") - 1
-    assert {(int(u), int(t - sequences.indptr[u])) for u, t in zip(user, last)} <= seen
+    for samples in (prefix_samples(sequences, 5, CPU), row_samples(sequences, 5, CPU)):
+        _, last = samples.spans.places(np.arange(len(samples)))
+        user = np.searchsorted(sequences.indptr, last, side="right") - 1
+        assert {(int(u), int(t - sequences.indptr[u])) for u, t in zip(user, last)} <= seen
 
 
 def test_padding_is_masked_and_in_range():
@@ -102,7 +186,7 @@ def test_padding_is_masked_and_in_range():
     batch = samples.gather(torch.arange(len(samples)), 9)
     assert batch["history"].shape == (len(samples), 9)
     assert (batch["history"][~batch["mask"]] == 0).all()
-    assert batch["mask"].sum(1).tolist() == samples.lengths.tolist()
+    assert batch["mask"].sum(1).tolist() == samples.lengths[np.arange(len(samples))].tolist()
     assert (batch["mask"].int().diff(dim=1) <= 0).all()  # right-padded
 
 
@@ -117,6 +201,11 @@ def test_workers_share_out_each_global_batch(buckets):
         assert sorted(row for part in parts for row in rows(part)) == sorted(rows(whole))
         assert all(part["count"] * 3 == pytest.approx(len(indices)) for part in parts)
         assert batches.target_items(indices).tolist() == whole["target"].tolist()
+        assert batches.tokens_of(indices) == whole["mask"].sum()
+        packed = [batches.packed(indices, Worker(rank, 3), multiple=8) for rank in range(3)]
+        assert [p["count"] for p in packed] == [part["count"] for part in parts]
+        assert all(len(p["tokens"]) % 8 == 0 for p in packed)
+        assert sum(int(p["lengths"].sum()) for p in packed) == batches.tokens_of(indices)
         assert whole["history"].shape[1] == whole["mask"].sum(1).max()  # no column of padding alone
 
 
@@ -127,7 +216,7 @@ def test_windows_share_out_and_count_targets():
     parts = [batches.local(indices, Worker(rank, 2)) for rank in range(2)]
     assert whole["count"] == float(whole["mask"].sum())
     assert [part["count"] for part in parts] == [whole["count"] / 2] * 2
-    assert sum(int(part["mask"].sum()) for part in parts) == whole["count"]
+    assert sum(int(part["mask"].sum()) for part in parts) == whole["count"] == batches.tokens_of(indices)
     assert batches.target_items(indices).tolist() == whole["targets"][whole["mask"]].tolist()
 
 

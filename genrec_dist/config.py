@@ -313,7 +313,9 @@ class GeneratorConfig(Section):
     distill_position: Literal["end", "start"] = Field(
         "end", description="end: after the codes (paper); start: before them, so it sees only the user"
     )
-    distill_negatives: int = Field(0, ge=0, description="random negatives of equation 7; 0: the whole catalog")
+    distill_negatives: int = Field(
+        0, ge=0, description="random negatives of equation 7, logQ-corrected; 0: the whole catalog"
+    )
     distill_similarity: Literal["dot", "cosine"] = "cosine"
     distill_temperature: float = Field(0.07, gt=0)
     train_item_embeddings: bool = Field(

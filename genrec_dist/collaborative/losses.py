@@ -7,6 +7,7 @@ the gradient of the global mean.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,45 @@ def scale_of(kind: str, temperature: float) -> float:
 def full_softmax(logits_BN: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
     """Summed cross-entropy over the whole catalog (equation 4)."""
     return F.cross_entropy(at_least_float32(logits_BN), targets_B, reduction="sum")
+
+
+def blocked_softmax(
+    query_BD: torch.Tensor, table_ND: torch.Tensor, targets_B: torch.Tensor, scale: float, block: int = 1 << 16
+) -> torch.Tensor:
+    """`full_softmax` of products scale x query . table without the (B, N) logits: by blocks of the table, which the
+    backward pass computes again.
+
+    Shapes:
+        query_BD: (B, D) float32. table_ND: (N, D) float32. targets_B: (B,) int64.
+    """
+    with torch.autocast(query_BD.device.type, enabled=False):
+        own = (query_BD * table_ND[targets_B]).sum(1) * scale
+        return (_BlockedLogSumExp.apply(query_BD, table_ND, scale, block) - own).sum()
+
+
+class _BlockedLogSumExp(torch.autograd.Function):
+    """log sum over n of exp(scale x query . table_n), (B,)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, table: torch.Tensor, scale: float, block: int) -> torch.Tensor:
+        total = query.new_full((len(query),), -math.inf)
+        for rows in table.split(block):
+            total = torch.logaddexp(total, torch.logsumexp(query @ rows.T * scale, 1))
+        ctx.save_for_backward(query, table, total)
+        ctx.scale, ctx.block = scale, block
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
+        query, table, total = ctx.saved_tensors
+        to_query, to_table = torch.zeros_like(query), torch.zeros_like(table) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(table), ctx.block):
+            rows = table[start : start + ctx.block]
+            share = (query @ rows.T * ctx.scale - total[:, None]).exp() * (grads[0][:, None] * ctx.scale)
+            to_query += share @ rows
+            if to_table is not None:
+                torch.mm(share.T, query, out=to_table[start : start + ctx.block])
+        return to_query, to_table, None, None
 
 
 def sampled_softmax(

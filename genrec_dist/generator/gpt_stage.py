@@ -40,7 +40,7 @@ def gpt_stage(config: Config, catalog: Stage, identifiers: Stage) -> Stage:
         "validation_beam": config.evaluation.validation_beam,
     }
     inputs = {"catalog": catalog, "identifiers": identifiers}
-    return Stage("gpt", 1, settings, inputs, lambda context: launch(train_gpt, context, settings))
+    return Stage("gpt", 2, settings, inputs, lambda context: launch(train_gpt, context, settings))
 
 
 def build_gpt(config: GptConfig, identifiers: Path) -> GptGenerator:

@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from genrec_dist.collaborative.losses import scale_of
+from genrec_dist.generator.child_logits import child_logits
 from genrec_dist.identifiers.trie import Trie
+
+TABLE_SHARE = 4
+"""A step makes the whole table of node embeddings if that is at most so many times the children of its rows."""
 
 
 class DeviceTrie(nn.Module):
@@ -41,6 +45,7 @@ class DeviceTrie(nn.Module):
         self.num_nodes, self.num_items, self.num_codes = trie.num_nodes, trie.num_items, trie.num_codes
         self.max_depth = trie.max_depth
         self.widths = [trie.max_children(level) for level in range(trie.max_depth)]
+        self.level_start = [int(start) for start in trie.level_start]
 
     def children_of(self, nodes_B: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Children of nodes at `level`, padded.
@@ -81,14 +86,39 @@ class ChildHead(nn.Module):
         self.nodes = nn.Embedding.from_pretrained(node_embeddings.clone(), freeze=False)
         self.query = nn.Linear(dim, node_embeddings.shape[1])
 
-    def forward(self, hidden_BD: torch.Tensor, nodes_B: torch.Tensor, level: int) -> torch.Tensor:
-        """Logits of the children of `nodes_B`, (B, C) float32, -inf where padded."""
+    def table(self, rows: int) -> torch.Tensor | None:
+        """Embeddings of all nodes, at length 1 for cosines, where that is less than the children of so many rows.
+
+        Shapes:
+            returns: (num_nodes, N) float32.
+        """
+        trie = self.trie[0]
+        if trie.num_nodes > TABLE_SHARE * rows * sum(trie.widths[1:]):
+            return None
+        with torch.autocast(self.nodes.weight.device.type, enabled=False):
+            return self._unit(self.nodes(torch.arange(trie.num_nodes, device=trie.parent.device)))
+
+    def forward(
+        self, hidden_BD: torch.Tensor, nodes_B: torch.Tensor, level: int, table: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits of the children of `nodes_B`, (B, C) float32, -inf where padded.
+
+        Args:
+            table: from `table`, made once for all levels of a step.
+        """
         trie = self.trie[0]
         query = self.query(hidden_BD)
         with torch.autocast(query.device.type, enabled=False):
             query = query.float()
             if self.kind == "cosine":
                 query = F.normalize(query, dim=-1)
+            if table is not None:
+                start, stop = trie.level_start[level + 1 : level + 3]
+                if level == 0:
+                    return query @ table[start:stop].T * self.scale
+                count = trie.num_children[nodes_B] * (trie.level[nodes_B] == level)
+                first = (trie.first_child[nodes_B] - start) * (count > 0)
+                return child_logits(query * self.scale, table[start:stop], first, count, trie.widths[level])
             if level == 0:  # dense first level: one matrix product, the same children for every row
                 table = self._unit(self.nodes(torch.arange(1, 1 + trie.widths[0], device=query.device)))
                 return query @ table.T * self.scale
@@ -134,6 +164,7 @@ def code_losses(
     path_BL: torch.Tensor,
     depth_B: torch.Tensor,
     smoothing: float,
+    table: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Cross-entropy of the codes of each level, summed over rows; levels past an item's depth do not count.
 
@@ -144,18 +175,21 @@ def code_losses(
         path_BL: nodes of each item, one a level.
         depth_B: code length of each item.
         smoothing: share of the label that goes to all classes alike.
+        table: of a child head, where it is there already.
 
     Returns:
         One float32 scalar a level.
     """
     losses = []
+    if table is None and isinstance(head, ChildHead):
+        table = head.table(len(depth_B))
     for level in range(trie.max_depth):
         node = path_BL[:, level]
         parent = trie.parent[node] if level else torch.zeros_like(node)
         if isinstance(head, PerLevelHead):
             logits, label = head.code_logits(hidden_BLD[:, level], level), trie.code[node]
         else:
-            logits, label = head(hidden_BLD[:, level], parent, level), node - trie.first_child[parent]
+            logits, label = head(hidden_BLD[:, level], parent, level, table), node - trie.first_child[parent]
         here = depth_B > level
         label = label.where(here, torch.full_like(label, -100))
         # A row without children here would give -inf - (-inf): its logits are replaced, its label ignored.

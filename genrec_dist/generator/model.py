@@ -16,13 +16,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from genrec_dist.collaborative.backbones import recency
-from genrec_dist.collaborative.losses import scale_of, similarity
+from genrec_dist.collaborative.losses import (
+    at_least_float32,
+    blocked_softmax,
+    sampled_softmax,
+    scale_of,
+    similarity,
+)
 from genrec_dist.config import GeneratorConfig
 from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, node_means
 from genrec_dist.generator.transformer import DecoderLayer, EncoderLayer, KeyValue, init_weights
 from genrec_dist.identifiers.trie import Trie
 
 Memory = tuple[list[KeyValue], torch.Tensor]
+CATALOG_LOGITS = 1 << 28
+"""Logits of the distillation token over the catalog that are made at once, at most."""
 
 
 class Generator(nn.Module):
@@ -119,10 +127,10 @@ class Generator(nn.Module):
 
     # Decoder
 
-    def node_tokens(self, nodes: torch.Tensor) -> torch.Tensor:
+    def node_tokens(self, nodes: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         """Decoder input of trie nodes, (..., D)."""
         if isinstance(self.head, ChildHead):
-            return self.node_in(self.head._unit(self.head.nodes(nodes)))
+            return self.node_in(table[nodes] if table is not None else self.head._unit(self.head.nodes(nodes)))
         return self._code_tokens(nodes)
 
     def decode(
@@ -156,10 +164,16 @@ class Generator(nn.Module):
             tokens.insert(0, self.dis_token())
         return torch.stack(tokens).expand(batch, -1, -1)
 
-    def path_tokens(self, nodes_BT: torch.Tensor, first_level: int = 1) -> torch.Tensor:
-        """Decoder inputs of path nodes at levels first_level, first_level + 1, ...; (B, T, D)."""
+    def path_tokens(
+        self, nodes_BT: torch.Tensor, first_level: int = 1, table: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Decoder inputs of path nodes at levels first_level, first_level + 1, ...; (B, T, D).
+
+        Args:
+            table: of a child head, where it is there already.
+        """
         levels = torch.arange(first_level, first_level + nodes_BT.shape[1], device=nodes_BT.device)
-        return self.node_tokens(nodes_BT) + self.step(levels)
+        return self.node_tokens(nodes_BT, table) + self.step(levels)
 
     def dis_token(self) -> torch.Tensor:
         """Decoder input of the distillation token, (D,)."""
@@ -194,7 +208,8 @@ class Generator(nn.Module):
         config, target = self.config, batch["target"]
         memory = self.encode(batch["history"], batch["mask"])
         path_BL, depth_B = self.trie.item_path[target], self.trie.depth[target]
-        inputs = [self.start_tokens(len(target)), self.path_tokens(path_BL)]
+        table = self.head.table(len(target)) if isinstance(self.head, ChildHead) else None
+        inputs = [self.start_tokens(len(target)), self.path_tokens(path_BL, table=table)]
         at_end = self.dense_token == "end"
         x_BTD = torch.cat(inputs, 1)
         if at_end:  # right behind the last code of each item; what follows is invisible to it
@@ -203,30 +218,28 @@ class Generator(nn.Module):
             x_BTD = torch.where(place[..., None], self.dis_token().to(x_BTD.dtype), x_BTD)
         hidden, _ = self.decode(x_BTD, memory)
         bos = inputs[0].shape[1] - 1
-        loss_gen = self._code_loss(hidden[:, bos:], path_BL, depth_B) / batch["count"]
+        by_level = code_losses(self.head, self.trie, hidden[:, bos:], path_BL, depth_B, config.label_smoothing, table)
+        loss_gen = torch.stack(by_level).sum() / batch["count"]
         losses = {"loss": loss_gen, "loss_gen": loss_gen}
         if config.distill_weight:
             at = depth_B + 1 if at_end else torch.zeros_like(depth_B)
-            query = self.distilled(hidden[torch.arange(len(target), device=target.device), at])
+            query = self.distilled(hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0])
             losses["loss_distill"] = self._distill_loss(query, target, batch) / batch["count"]
             losses["loss"] = loss_gen + config.distill_weight * losses["loss_distill"]
         return losses
 
-    def _code_loss(self, hidden: torch.Tensor, path_BL: torch.Tensor, depth_B: torch.Tensor) -> torch.Tensor:
-        """Equation 6, summed over levels and rows."""
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for loss in code_losses(self.head, self.trie, hidden, path_BL, depth_B, self.config.label_smoothing):
-            total = total + loss
-        return total
-
     def _distill_loss(self, query: torch.Tensor, target: torch.Tensor, batch: dict) -> torch.Tensor:
         """Equation 7, summed: contrast with the target's integrated embedding."""
+        kind = self.config.distill_similarity
+        scale = scale_of(kind, self.config.distill_temperature)
         if "distill_negatives" not in batch:
-            return F.cross_entropy(self.dense_logits(query), target, reduction="sum")
-        positive = self.dense_logits(query, target)
+            if query.shape[0] * len(self.integrated) <= CATALOG_LOGITS:
+                return F.cross_entropy(self.dense_logits(query), target, reduction="sum")
+            query = at_least_float32(query)
+            return blocked_softmax(
+                F.normalize(query, dim=-1) if kind == "cosine" else query, self.integrated, target, scale
+            )
         negatives = batch["distill_negatives"]
-        scale = scale_of(self.config.distill_similarity, self.config.distill_temperature)
-        logits = similarity(query, self.integrated[negatives], self.config.distill_similarity) * scale
-        logits = logits.masked_fill(negatives[None] == target[:, None], float("-inf"))
-        joined = torch.cat([positive[:, None], logits], 1)
-        return (torch.logsumexp(joined, 1) - positive).sum()
+        logits = similarity(query, self.integrated[negatives], kind) * scale
+        hit = negatives[None] == target[:, None]
+        return sampled_softmax(self.dense_logits(query, target), logits, hit, self.trie.num_items - 1)

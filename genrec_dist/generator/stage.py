@@ -20,9 +20,11 @@ from genrec_dist.config import Config, GeneratorConfig
 from genrec_dist.errors import ArtifactError
 from genrec_dist.evaluation.generative import list_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
+from genrec_dist.generator.heads import DeviceTrie
 from genrec_dist.generator.model import Generator
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
+from genrec_dist.studies.sizes import CodebookSize, generator_size
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
@@ -45,7 +47,7 @@ def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: 
         "mix_weight": evaluation.mix_weight,
     }
     inputs = {"catalog": catalog, "fusion": fusion, "identifiers": identifiers}
-    return Stage("generator", 1, settings, inputs, lambda context: launch(train_generator, context, settings))
+    return Stage("generator", 2, settings, inputs, lambda context: launch(train_generator, context, settings))
 
 
 def build_model(config: GeneratorConfig, fusion: Path, identifiers: Path) -> Generator:
@@ -102,6 +104,7 @@ class GeneratorTask:
             worker.device,
         )
         self.order = self.batches.order
+        self._costs = step_costs(model)
         self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
@@ -111,6 +114,15 @@ class GeneratorTask:
                 self.model.trie.num_items, self.config.distill_negatives, self.settings["seed"], indices, worker.device
             )
         return batch
+
+    def tokens(self, indices: np.ndarray) -> int:
+        """Places of encoder and decoder in a step on this global batch, padding left out."""
+        per_item, per_target, _ = self._costs
+        return round(per_item * self.batches.tokens_of(indices) + per_target * len(indices))
+
+    def flops(self, indices: np.ndarray) -> float:
+        """Model FLOPs of a step on this global batch, padding left out."""
+        return float(self._costs[2][self.batches.samples.lengths[indices]].sum())
 
     def validate(self, worker: Worker) -> dict[str, float]:
         ranks = list_ranks(
@@ -122,6 +134,38 @@ class GeneratorTask:
             limit=self.settings["validation_users"],
         )
         return rank_metrics(ranks, [10])
+
+
+def step_costs(model: Generator) -> tuple[float, float, np.ndarray]:
+    """Tokens of a history item and of a target, and training FLOPs of a sample by the length of its history.
+
+    Codes past an item's depth and children that pad a node's are not counted: both are taken at their mean.
+
+    Shapes:
+        returns: scalars, and (max_history + 1,) float64.
+    """
+    config, trie = model.config, model.trie
+    depth = float(trie.depth.float().mean())
+    book = mean_codebook(trie)
+    flops = [
+        generator_size(
+            config.model_copy(update={"max_history": length}), book, trie.num_items, model.integrated.shape[1]
+        ).training_flops
+        for length in range(config.max_history + 1)
+    ]
+    per_target = depth + 1 + bool(config.distill_weight)
+    return 1.0 if config.encoder_input == "item" else depth, per_target, np.array(flops)
+
+
+def mean_codebook(trie: DeviceTrie) -> CodebookSize:
+    """Shape of a trie with the mean over items of what differs from item to item: depth, children beside a code."""
+    path, depth = trie.item_path, trie.depth
+    widths = []
+    for level in range(trie.max_depth):
+        here = depth > level
+        siblings = trie.num_children[trie.parent[path[:, level]]].float()
+        widths.append(float((siblings * here).sum() / len(depth)))
+    return CodebookSize(trie.num_nodes, float(depth.float().mean()), trie.num_codes, tuple(widths), "means")
 
 
 def train_generator(worker: Worker, context: StageContext, settings: dict) -> None:

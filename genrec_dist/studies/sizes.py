@@ -78,16 +78,16 @@ class CodebookSize:
 
     Args:
         num_nodes: nodes, root included.
-        max_depth: longest code.
+        max_depth: longest code; may be a mean where costs are asked for and not sizes.
         num_codes: largest code + 1.
-        widths: most children of a node at each level.
+        widths: most children of a node at each level; likewise.
         note: 'exact', or how it was estimated.
     """
 
     num_nodes: int
-    max_depth: int
+    max_depth: float
     num_codes: int
-    widths: tuple[int, ...]
+    widths: tuple[float, ...]
     note: str = "exact"
 
 
@@ -160,18 +160,18 @@ def decoder_layer_parameters(dim: int, multiplier: int) -> int:
     return 2 * attention_parameters(dim) + ffn_parameters(dim, multiplier) + 3 * 2 * dim
 
 
-def encoder_layer_flops(dim: int, multiplier: int, length: int) -> float:
+def encoder_layer_flops(dim: int, multiplier: int, length: float) -> float:
     """4 projections, feed-forward, scores and weighted sum over `length` places."""
     return 2.0 * length * (4 + 2 * multiplier) * dim**2 + 4.0 * length**2 * dim
 
 
-def decoder_layer_flops(dim: int, multiplier: int, length: int, source: int) -> float:
+def decoder_layer_flops(dim: int, multiplier: int, length: float, source: float) -> float:
     """As the encoder layer, plus cross-attention to `source` places."""
     cross = 2.0 * (2 * length + 2 * source) * dim**2 + 4.0 * length * source * dim
     return encoder_layer_flops(dim, multiplier, length) + cross
 
 
-def _layer_values(dim: int, multiplier: int, heads: int, length: int, source: int) -> float:
+def _layer_values(dim: int, multiplier: int, heads: int, length: float, source: float) -> float:
     wide = VALUES_PER_TOKEN + 2 * (multiplier - 4)
     return length * dim * wide + 2.0 * heads * length * source
 
@@ -221,7 +221,7 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
         candidates = config.distill_negatives + 1 if config.distill_negatives else num_items
         flops += 2.0 * dim * width + 2.0 * width * (config.distill_negatives or num_items)
         values += 3.0 * candidates
-    return ModelSize({k: v for k, v in parameters.items() if v}, constants, flops, values)
+    return ModelSize({k: round(v) for k, v in parameters.items() if v}, constants, flops, values)
 
 
 def gpt_size(config: GptConfig, codebook: CodebookSize, width: int, mean_targets: float) -> ModelSize:
@@ -247,7 +247,7 @@ def gpt_size(config: GptConfig, codebook: CodebookSize, width: int, mean_targets
     flops += items * (2.0 * depth * dim * width + 2.0 * width * scored if child else 2.0 * depth * dim * codes)
     values = config.num_layers * _layer_values(dim, multiplier, config.num_heads, places * depth, places * depth)
     values += items * (2.0 * width * sum(codebook.widths[1:]) + 3.0 * scored if child else 3.0 * depth * codes)
-    return ModelSize({k: v for k, v in parameters.items() if v}, {}, flops, values)
+    return ModelSize({k: round(v) for k, v in parameters.items() if v}, {}, flops, values)
 
 
 def _sasrec_backbone(dim: int, max_history: int, num_layers: int) -> int:

@@ -17,6 +17,8 @@ from genrec_dist.training.order import BatchOrder
 from genrec_dist.training.samples import HistorySamples, Indices, RowSamples, prefix_samples, row_samples
 from genrec_dist.training.worker import Worker
 
+WIDTH_STEP = 4
+
 
 @dataclass
 class PrefixBatches:
@@ -39,9 +41,16 @@ class PrefixBatches:
         return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets))
 
     def local(self, indices: Any, worker: Worker) -> dict:
-        """This worker's rows, cut to their longest history (see `HistorySamples.gather`), and the global count over the
-        workers."""
-        return self.samples.gather(local_part(indices, worker)) | {"count": len(indices) / worker.world_size}
+        """This worker's rows, cut to their longest history, and the global count over the workers.
+
+        On a GPU the width is a multiple of `WIDTH_STEP`: few shapes, so few captured graphs and compiled kernels.
+        """
+        mine = local_part(indices, worker)
+        width = None
+        if self.samples.device.type == "cuda" and isinstance(mine, np.ndarray):
+            longest = int(self.samples.spans.lengths(mine).max(initial=1))
+            width = min(-(-longest // WIDTH_STEP) * WIDTH_STEP, self.samples.spans.max_history)
+        return self.samples.gather(mine, width) | {"count": len(indices) / worker.world_size}
 
     def packed(self, indices: Any, worker: Worker, multiple: int = 1) -> dict:
         """This worker's rows without padding (see `HistorySamples.gather_packed`), and the global count."""

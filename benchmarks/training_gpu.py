@@ -1,0 +1,139 @@
+"""Training the generator on GPUs: tokens a second, utilisation, an epoch of Beauty's size, ZeRO's scaling and memory.
+
+    python -m benchmarks.training_gpu epoch            # 131k prefixes, 1 + 4 layers, several ways to make a step
+    python -m benchmarks.training_gpu depths           # depths 1, 4, 32 at width 128, and width 1024 with 24 layers
+    torchrun --nproc-per-node 2 -m benchmarks.training_gpu zero    # weak scaling and memory of ZeRO 0, 1, 3
+
+Every figure is of the project's own loop (`training.loop.train`), data and logging included, validation left out; the
+first epoch, in which graphs are captured, is not counted. Utilisation is of model FLOPs without padding, against a
+product of matrices measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from benchmarks.device_rates import matmul_rate
+from genrec_dist.artifacts.files import read_jsonl
+from genrec_dist.config import OptimConfig, RuntimeConfig
+from genrec_dist.generator.stage import GeneratorTask
+from genrec_dist.pipeline import StageContext
+from genrec_dist.testing.beauty_shape import beauty_generator, beauty_sequences
+from genrec_dist.training.engine import make_engine
+from genrec_dist.training.loop import train
+from genrec_dist.training.worker import Worker, plain_worker, setup_torch
+
+SETTINGS = {"seed": 0, "validation_beam": 10, "validation_users": 64, "mix_weight": 0.0}
+
+
+def measure(worker: Worker, epochs: int, optim: dict, runtime: dict, **model) -> dict:
+    """Train for some epochs; rates of all but the first."""
+    config = OptimConfig(epochs=epochs, evaluate_every=epochs, patience=99, **optim)
+    settings = RuntimeConfig(backend="local", num_workers=worker.world_size, checkpoint_minutes=0, **runtime)
+    generator = beauty_generator(config, **model).to(worker.device)
+    task = GeneratorTask(generator, beauty_sequences(), worker, SETTINGS)
+    torch.cuda.reset_peak_memory_stats()
+    engine = make_engine(generator, config, worker, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        context = StageContext(Path(folder), {}, settings)
+        clock: list[float] = []
+        per_epoch = task.order.steps_per_epoch
+
+        def note(step: int) -> None:
+            if (step + 1) % per_epoch == 0:
+                torch.cuda.synchronize()
+                clock.append(time.perf_counter())
+
+        train(task, engine, config, worker, context, seed=0, after_step=note, checkpoint_epochs=epochs + 1)
+        lines = [r for r in read_jsonl(Path(folder) / "curves.jsonl") if r["split"] == "train" and r["epoch"] > 1]
+    count = max(len(lines), 1)
+    mean = lambda name: sum(line[name] for line in lines) / count  # noqa: E731
+    return {
+        "steps": per_epoch,
+        "epoch_seconds": min(b - a for a, b in pairwise(clock)) if len(clock) > 1 else float("nan"),
+        "tokens_per_second": mean("tokens_per_second"),
+        "mfu": mean("mfu"),
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "loss": lines[-1]["loss"] if lines else float("nan"),
+        "parameters": sum(p.numel() for p in generator.parameters() if p.requires_grad),
+    }
+
+
+def show(label: str, found: dict, worker: Worker) -> None:
+    if worker.is_main:
+        print(
+            f"{label:58s} {found['steps']:5d} steps  epoch {found['epoch_seconds']:7.3f} s  "
+            f"{found['tokens_per_second'] / 1e3:8.1f}k tokens/s  mfu {found['mfu']:.3f}  "
+            f"{found['memory_gib']:6.2f} GiB  loss {found['loss']:.4f}  {found['parameters'] / 1e6:.1f}M",
+            flush=True,
+        )
+
+
+def epoch(worker: Worker, modes: list[str], batches: list[int], epochs: int) -> None:
+    """One epoch of 131k prefixes, 1 + 4 layers, width 128."""
+    for batch_size in batches:
+        for mode in modes:
+            found = measure(worker, epochs, {"batch_size": batch_size}, {"step_mode": mode})
+            show(f"1 + 4 layers, width 128, batch {batch_size}, {mode}", found, worker)
+
+
+def depths(worker: Worker, modes: list[str], which: list[str], epochs: int) -> None:
+    """Depths at width 128, and a wide model."""
+    shapes = {
+        "1": ({"num_decoder_layers": 1}, 1024),
+        "4": ({"num_decoder_layers": 4}, 1024),
+        "32": ({"num_decoder_layers": 32}, 1024),
+        "wide": ({"dim": 1024, "num_heads": 16, "num_decoder_layers": 24}, 8192),
+    }
+    for name in which:
+        shape, batch_size = shapes[name]
+        for mode in modes:
+            found = measure(
+                worker, epochs, {"batch_size": batch_size, "length_buckets": 16}, {"step_mode": mode}, **shape
+            )
+            show(f"{name}: {shape}, batch {batch_size}, {mode}", found, worker)
+
+
+def zero(worker: Worker, stages: list[int], per_gpu: int, layers: int) -> None:
+    """Weak scaling of the wide model, and memory beside the formula."""
+    shape = {"dim": 1024, "num_heads": 16, "num_decoder_layers": layers}
+    for stage in stages:
+        optim = {"batch_size": per_gpu * worker.world_size, "length_buckets": 16}
+        found = measure(worker, 2, optim, {"engine": "deepspeed", "zero_stage": stage}, **shape)
+        sharded = 4 * (stage >= 3) + 4 * (stage >= 2) + 8 * (stage >= 1)
+        formula = found["parameters"] * (16 - sharded + sharded / worker.world_size) / 2**30
+        show(f"ZeRO {stage}, {worker.world_size} GPUs, {per_gpu} a GPU; states {formula:.2f} GiB", found, worker)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["epoch", "depths", "zero"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "graph", "compile"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[256, 1024])
+    parser.add_argument("--which", nargs="+", default=["1", "4", "32", "wide"])
+    parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 3])
+    parser.add_argument("--per-gpu", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=3)
+    given = parser.parse_args()
+    worker = plain_worker(RuntimeConfig(backend="local"))
+    setup_torch(worker, 4)
+    if worker.is_main:
+        rate = matmul_rate(torch.bfloat16, worker.device) / 1e12
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16 product {rate:.0f} TFLOP/s", flush=True)
+    if given.what == "epoch":
+        epoch(worker, given.modes, given.batches, given.epochs)
+    elif given.what == "depths":
+        depths(worker, given.modes, given.which, given.epochs)
+    else:
+        zero(worker, given.stages, given.per_gpu, given.layers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """Training the generator on GPUs: tokens a second, utilisation, an epoch of Beauty's size, ZeRO's scaling and memory.
 
     python -m benchmarks.training_gpu epoch            # 131k prefixes, 1 + 4 layers, several ways to make a step
+    python -m benchmarks.training_gpu profile --modes graph --batches 1024 --which 4
     python -m benchmarks.training_gpu depths           # depths 1, 4, 32 at width 128, and width 1024 with 24 layers
     torchrun --nproc-per-node 2 -m benchmarks.training_gpu zero    # weak scaling and memory of ZeRO 0, 1, 3
 
@@ -83,13 +84,30 @@ def epoch(worker: Worker, modes: list[str], batches: list[int], epochs: int) -> 
             show(f"1 + 4 layers, width 128, batch {batch_size}, {mode}", found, worker)
 
 
-def depths(worker: Worker, modes: list[str], which: list[str], epochs: int) -> None:
+def profile(worker: Worker, modes: list[str], batches: list[int], wide: bool) -> None:
+    """Where the GPU's time goes: kernels of an epoch by their total time."""
+    shape = {"dim": 1024, "num_heads": 16, "num_decoder_layers": 24} if wide else {}
+    for batch_size in batches:
+        for mode in modes:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                measure(
+                    worker, 1, {"batch_size": batch_size, "length_buckets": 16 * wide}, {"step_mode": mode}, **shape
+                )
+            events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+            total = sum(e.self_device_time_total for e in events) / 1e3
+            print(f"{mode}, batch {batch_size}: {total:.0f} ms of kernels, {sum(e.count for e in events)} launches")
+            for event in events[:22]:
+                share = event.self_device_time_total / 1e3
+                print(f"  {share:9.1f} ms {event.count:7d} x  {event.key[:110]}", flush=True)
+
+
+def depths(worker: Worker, modes: list[str], which: list[str], epochs: int, wide_batch: int) -> None:
     """Depths at width 128, and a wide model."""
     shapes = {
         "1": ({"num_decoder_layers": 1}, 1024),
         "4": ({"num_decoder_layers": 4}, 1024),
         "32": ({"num_decoder_layers": 32}, 1024),
-        "wide": ({"dim": 1024, "num_heads": 16, "num_decoder_layers": 24}, 8192),
+        "wide": ({"dim": 1024, "num_heads": 16, "num_decoder_layers": 24}, wide_batch),
     }
     for name in which:
         shape, batch_size = shapes[name]
@@ -113,12 +131,13 @@ def zero(worker: Worker, stages: list[int], per_gpu: int, layers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["epoch", "depths", "zero"])
+    parser.add_argument("what", choices=["epoch", "depths", "profile", "zero"])
     parser.add_argument("--modes", nargs="+", default=["eager", "graph", "compile"])
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 1024])
     parser.add_argument("--which", nargs="+", default=["1", "4", "32", "wide"])
+    parser.add_argument("--wide-batch", type=int, default=4096)
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 3])
-    parser.add_argument("--per-gpu", type=int, default=8192)
+    parser.add_argument("--per-gpu", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=3)
     given = parser.parse_args()
@@ -129,8 +148,10 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16 product {rate:.0f} TFLOP/s", flush=True)
     if given.what == "epoch":
         epoch(worker, given.modes, given.batches, given.epochs)
+    elif given.what == "profile":
+        profile(worker, given.modes, given.batches, "wide" in given.which)
     elif given.what == "depths":
-        depths(worker, given.modes, given.which, given.epochs)
+        depths(worker, given.modes, given.which, given.epochs, given.wide_batch)
     else:
         zero(worker, given.stages, given.per_gpu, given.layers)
 

@@ -6,8 +6,9 @@ Source: Vaswani et al. (2017); pre-norm as in Xiong et al. (2020).
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attend from the queries to projected keys and values.
 
+        Args:
+            causal: the queries are the last places of the keys, and each sees itself and those before it.
+
         Shapes:
             query_BQD: (B, Q, D).
             mask: bool, True where attention is allowed, broadcastable to (B, H, Q, S).
@@ -58,13 +62,16 @@ class Attention(nn.Module):
         batch, length, dim = query_BQD.shape
         query = self.query(query_BQD).view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)
         key, value = key_value
+        dropout = self.dropout if self.training else 0.0
+        if _is_short(query, key, mask):
+            from genrec_dist.generator.attention_triton import short_attention
+
+            out = short_attention(query, key, value, None if mask is None else mask[:, 0, 0], causal, dropout)
+            return self.out(out.reshape(batch, length, dim))
+        if causal and length != key.shape[2]:  # torch would let the first query stand at the first key
+            mask, causal = _causal_mask(length, key.shape[2], query.device), False
         out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and length > 1
         )
         return self.out(out.transpose(1, 2).reshape(batch, length, dim))
 
@@ -105,6 +112,27 @@ class Attention(nn.Module):
         out = out / (far.sum(3, keepdim=True) + near.sum(3, keepdim=True))
         out = out.view(users, heads, beams, length, width).permute(0, 2, 3, 1, 4)
         return self.out(out.reshape(batch, length, dim))
+
+
+def _is_short(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the kernels for short sequences serve: training on a GPU with Triton, a mask of keys at most."""
+    if query.device.type != "cuda" or not torch.is_grad_enabled() or not _has_triton():
+        return False
+    if mask is not None and (mask.dim() != 4 or mask.shape[1:3] != (1, 1) or len(mask) != len(query)):
+        return False
+    from genrec_dist.generator.attention_triton import fits
+
+    return fits(query, key)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _causal_mask(length: int, total: int, device: torch.device) -> torch.Tensor:
+    """Query i stands at place total - length + i and may look at itself and all before it; (length, total) bool."""
+    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
 
 
 class FeedForward(nn.Sequential):
@@ -177,14 +205,9 @@ class DecoderLayer(nn.Module):
         key, value = self.self_attention.project(normed)
         if cache is not None:
             key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
-        length, total = normed.shape[1], key.shape[2]
-        # Query i sits at position total - length + i and may look at itself and all before it.
-        mask = None
-        if length > 1:
-            mask = torch.ones(length, total, dtype=torch.bool, device=key.device).tril(total - length)
-        x_BQD = x_BQD + self.dropout(self.self_attention(normed, (key, value), mask))
+        x_BQD = x_BQD + self.dropout(self.self_attention(normed, (key, value), causal=normed.shape[1] > 1))
         # Beams of a user become query positions of one row: the memory is never copied.
-        batch, _, dim = x_BQD.shape
+        batch, length, dim = x_BQD.shape
         normed = self.cross_norm(x_BQD).view(batch // beams, beams * length, dim)
         crossed = self.cross_attention(normed, memory, memory_mask).view(batch, length, dim)
         x_BQD = x_BQD + self.dropout(crossed)

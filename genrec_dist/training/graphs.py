@@ -25,6 +25,8 @@ from genrec_dist.training.worker import Worker
 
 EAGER_STEPS = 3
 """Parts of one shape that run without a graph first: libraries, the compiler and the optimiser make their state."""
+COMPILE_AFTER = 20
+"""Parts of one shape before it is compiled, which takes a minute."""
 MOST_GRAPHS = 32
 
 
@@ -57,6 +59,7 @@ class GraphEngine(TorchEngine):
         self._parts: dict[tuple, _Captured] = {}
         self._update: torch.cuda.CUDAGraph | None = None
         self._updates = 0
+        self.eager_steps = EAGER_STEPS + (COMPILE_AFTER if compiled else 0)
         self._pool = torch.cuda.graph_pool_handle()
         self.capturing = True
 
@@ -93,11 +96,13 @@ class GraphEngine(TorchEngine):
         captured = self._parts.get(key)
         if captured is None:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if not self.capturing or self._seen[key] <= EAGER_STEPS or len(self._parts) >= MOST_GRAPHS:
-                return self._forward_backward(batch, parts)
+            if not self.capturing or self._seen[key] <= self.eager_steps or len(self._parts) >= MOST_GRAPHS:
+                # The last of these calls compile, where that is wanted: a rare shape is not worth it.
+                call = self._call if self._seen[key] > self.eager_steps - EAGER_STEPS else self.model
+                return self._forward_backward(batch, parts, call)
             captured = self._capture(batch, parts)
             if captured is None:
-                return self._forward_backward(batch, parts)
+                return self._forward_backward(batch, parts, self.model)
             self._parts[key] = captured
         for name, value in captured.inputs.items():
             if isinstance(value, torch.Tensor):
@@ -105,9 +110,11 @@ class GraphEngine(TorchEngine):
         captured.graph.replay()
         return {name: value.clone() for name, value in captured.losses.items()} if parts > 1 else captured.losses
 
-    def _forward_backward(self, batch: dict[str, Any], parts: int) -> dict[str, torch.Tensor]:
+    def _forward_backward(
+        self, batch: dict[str, Any], parts: int, call: Callable[[Any], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
         with autocast(self.config, self.worker.device):
-            losses = self._call(batch)
+            losses = call(batch)
         (losses["loss"] / parts if parts > 1 else losses["loss"]).backward()
         return {name: value.detach() for name, value in losses.items()}
 
@@ -115,9 +122,10 @@ class GraphEngine(TorchEngine):
         inputs = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.worker.device)
+        torch.cuda.empty_cache()  # what eager steps left cached would not serve the graphs' own pool
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                losses = self._forward_backward(inputs, parts)
+                losses = self._forward_backward(inputs, parts, self._call)
         except RuntimeError as error:
             self._give_up(error)
             return None

@@ -50,7 +50,7 @@ def leaf(name: str) -> Stage:
 
 def test_the_stage_and_its_settings():
     stage = gpt_stage(CONFIG, leaf("catalog"), leaf("identifiers"))
-    assert (stage.name, stage.version) == ("gpt", 1)
+    assert (stage.name, stage.version) == ("gpt", 2)
     assert set(stage.settings) == {"gpt", "order", "seed", "validation_users", "validation_beam"}
     assert set(stage.inputs) == {"catalog", "identifiers"}
 

@@ -23,22 +23,34 @@ import torch
 from benchmarks.device_rates import matmul_rate
 from genrec_dist.artifacts.files import read_jsonl
 from genrec_dist.config import OptimConfig, RuntimeConfig
+from genrec_dist.generator.gpt_stage import GptTask
 from genrec_dist.generator.stage import GeneratorTask
 from genrec_dist.pipeline import StageContext
-from genrec_dist.testing.beauty_shape import beauty_generator, beauty_sequences
+from genrec_dist.testing.beauty_shape import beauty_generator, beauty_gpt, beauty_sequences
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.loop import train
+from genrec_dist.training.losses import LossMeter
 from genrec_dist.training.worker import Worker, plain_worker, setup_torch
 
+WIDE = {"dim": 1024, "num_heads": 16, "num_decoder_layers": 24}
+WIDE_GPT = {"dim": 1024, "num_heads": 16, "num_layers": 24}
 SETTINGS = {"seed": 0, "validation_beam": 10, "validation_users": 64, "mix_weight": 0.0}
+
+
+def make_task(config: OptimConfig, worker: Worker, **model) -> tuple:
+    """PRORec's generator, or with `num_layers` CSJ-ID's, and its task."""
+    if "num_layers" in model:
+        gpt = beauty_gpt(config, **model).to(worker.device)
+        return gpt, GptTask(gpt, beauty_sequences(), worker, SETTINGS)
+    generator = beauty_generator(config, **model).to(worker.device)
+    return generator, GeneratorTask(generator, beauty_sequences(), worker, SETTINGS)
 
 
 def measure(worker: Worker, epochs: int, optim: dict, runtime: dict, **model) -> dict:
     """Train for some epochs; rates of all but the first."""
     config = OptimConfig(epochs=epochs, evaluate_every=epochs, patience=99, **optim)
     settings = RuntimeConfig(backend="local", num_workers=worker.world_size, checkpoint_minutes=0, **runtime)
-    generator = beauty_generator(config, **model).to(worker.device)
-    task = GeneratorTask(generator, beauty_sequences(), worker, SETTINGS)
+    generator, task = make_task(config, worker, **model)
     torch.cuda.reset_peak_memory_stats()
     engine = make_engine(generator, config, worker, settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,21 +96,40 @@ def epoch(worker: Worker, modes: list[str], batches: list[int], epochs: int) -> 
             show(f"1 + 4 layers, width 128, batch {batch_size}, {mode}", found, worker)
 
 
-def profile(worker: Worker, modes: list[str], batches: list[int], wide: bool) -> None:
-    """Where the GPU's time goes: kernels of an epoch by their total time."""
-    shape = {"dim": 1024, "num_heads": 16, "num_decoder_layers": 24} if wide else {}
-    for batch_size in batches:
-        for mode in modes:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-                measure(
-                    worker, 1, {"batch_size": batch_size, "length_buckets": 16 * wide}, {"step_mode": mode}, **shape
-                )
-            events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
-            total = sum(e.self_device_time_total for e in events) / 1e3
-            print(f"{mode}, batch {batch_size}: {total:.0f} ms of kernels, {sum(e.count for e in events)} launches")
-            for event in events[:22]:
-                share = event.self_device_time_total / 1e3
-                print(f"  {share:9.1f} ms {event.count:7d} x  {event.key[:110]}", flush=True)
+def profile(worker: Worker, modes: list[str], batch_size: int, which: str) -> None:
+    """Where the GPU's time goes: kernels of four steps by their total time, over batches of one width."""
+    shape = {"wide": WIDE, "wide-gpt": WIDE_GPT}.get(which, {})
+    for mode in modes:
+        config = OptimConfig(batch_size=batch_size, length_buckets=16 * bool(shape))
+        generator, task = make_task(config, worker, **shape)
+        engine = make_engine(generator, config, worker, RuntimeConfig(backend="local", step_mode=mode))
+        meter = LossMeter(worker)
+        generator.train()
+        batch = task.batch(task.order.batch(5), worker)
+
+        def steps(count: int, engine=engine, batch=batch, meter=meter) -> None:
+            for _ in range(count):
+                engine.advance([batch], 1e-3, meter, lambda index: None)
+            torch.cuda.synchronize()
+
+        steps(40)
+        begun = time.perf_counter()
+        steps(4)
+        spent = (time.perf_counter() - begun) / 4 * 1e3
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            steps(4)
+        events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+        total, count = sum(e.self_device_time_total for e in events) / 4e3, sum(e.count for e in events) // 4
+        flops = task.flops(task.order.batch(5)) / (spent / 1e3) / 1e12
+        width = batch["history"].shape[1]
+        print(
+            f"{mode}, batch {batch_size} x {width}: {spent:.2f} ms a step, {total:.2f} ms of {count} kernels, "
+            f"{flops:.0f} model TFLOP/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        )
+        for event in events[:24]:
+            print(
+                f"  {event.self_device_time_total / 4e3:9.3f} ms {event.count // 4:6d} x  {event.key[:120]}", flush=True
+            )
 
 
 def depths(worker: Worker, modes: list[str], which: list[str], epochs: int, wide_batch: int) -> None:
@@ -107,7 +138,8 @@ def depths(worker: Worker, modes: list[str], which: list[str], epochs: int, wide
         "1": ({"num_decoder_layers": 1}, 1024),
         "4": ({"num_decoder_layers": 4}, 1024),
         "32": ({"num_decoder_layers": 32}, 1024),
-        "wide": ({"dim": 1024, "num_heads": 16, "num_decoder_layers": 24}, wide_batch),
+        "wide": (WIDE, wide_batch),
+        "wide-gpt": (WIDE_GPT, max(wide_batch // 8, 1)),
     }
     for name in which:
         shape, batch_size = shapes[name]
@@ -120,7 +152,7 @@ def depths(worker: Worker, modes: list[str], which: list[str], epochs: int, wide
 
 def zero(worker: Worker, stages: list[int], per_gpu: int, layers: int) -> None:
     """Weak scaling of the wide model, and memory beside the formula."""
-    shape = {"dim": 1024, "num_heads": 16, "num_decoder_layers": layers}
+    shape = WIDE | {"num_decoder_layers": layers}
     for stage in stages:
         optim = {"batch_size": per_gpu * worker.world_size, "length_buckets": 16}
         found = measure(worker, 2, optim, {"engine": "deepspeed", "zero_stage": stage}, **shape)
@@ -134,7 +166,7 @@ def main() -> None:
     parser.add_argument("what", choices=["epoch", "depths", "profile", "zero"])
     parser.add_argument("--modes", nargs="+", default=["eager", "graph", "compile"])
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 1024])
-    parser.add_argument("--which", nargs="+", default=["1", "4", "32", "wide"])
+    parser.add_argument("--which", nargs="+", default=["1", "4", "32", "wide", "wide-gpt"])
     parser.add_argument("--wide-batch", type=int, default=4096)
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 3])
     parser.add_argument("--per-gpu", type=int, default=4096)
@@ -149,7 +181,7 @@ def main() -> None:
     if given.what == "epoch":
         epoch(worker, given.modes, given.batches, given.epochs)
     elif given.what == "profile":
-        profile(worker, given.modes, given.batches, "wide" in given.which)
+        profile(worker, given.modes, given.batches[0], given.which[0])
     elif given.what == "depths":
         depths(worker, given.modes, given.which, given.epochs, given.wide_batch)
     else:

@@ -96,21 +96,20 @@ def _backward(
     found_q = tl.dot(to_scores.to(k_t.dtype), k_t, input_precision=PRECISION)
     found_k = tl.dot(tl.trans(to_scores).to(q_t.dtype), q_t, input_precision=PRECISION)
     place_q = ((b * num_queries + rows) * num_heads + h)[:, None] * E + e[None, :]
-    place_k = ((b * num_keys + cols) * num_heads + h)[:, None] * E + e[None, :]
+    place_k = ((b * num_keys + cols) * 2 * num_heads + h)[:, None] * E + e[None, :]
     tl.store(to_q + place_q, found_q.to(to_q.dtype.element_ty), here_q)
     tl.store(to_k + place_k, found_k.to(to_k.dtype.element_ty), here_k)
     tl.store(to_v + place_k, found_v.to(to_v.dtype.element_ty), here_k)
 
 
-def fits(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether these sizes are what the kernels are made for."""
-    return max(query.shape[2], key.shape[2]) <= LONGEST and query.shape[3] in WIDTHS
+def fits(length: int, width: int) -> bool:
+    """Whether so many places and heads so wide are what the kernels are made for."""
+    return length <= LONGEST and width in WIDTHS
 
 
 def short_attention(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    keys_values: torch.Tensor,
     mask_BS: torch.Tensor | None,
     causal: bool,
     dropout: float,
@@ -118,15 +117,15 @@ def short_attention(
     """Scaled dot-product attention of short sequences.
 
     Args:
-        query, key, value: the last dimension contiguous.
+        query, keys_values: the last dimension contiguous.
         mask_BS: True at keys that exist.
         causal: query i of Q stands at place S - Q + i and sees itself and those before it.
         dropout: of the weights.
 
     Shapes:
-        query: (B, H, Q, E). key, value: (B, H, S, E). mask_BS: (B, S) bool. Returns (B, Q, H, E), contiguous.
+        query: (B, H, Q, E). keys_values: (B, S, 2, H, E). mask_BS: (B, S) bool. Returns (B, Q, H, E), contiguous.
     """
-    return _ShortAttention.apply(query, key, value, mask_BS, causal, dropout)
+    return _ShortAttention.apply(query, keys_values, mask_BS, causal, dropout)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -134,13 +133,13 @@ class _ShortAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        both: torch.Tensor,
         mask: torch.Tensor | None,
         causal: bool,
         dropout: float,
     ) -> torch.Tensor:
         batch, heads, queries, width = query.shape
+        key, value = both.permute(2, 0, 3, 1, 4)
         seed = torch.randint(2**31 - 1, (1,), device=query.device) if dropout else query.new_zeros(1, dtype=torch.int64)
         mask = mask.contiguous() if mask is not None else None
         out = query.new_empty(batch, queries, heads, width)
@@ -158,21 +157,21 @@ class _ShortAttention(torch.autograd.Function):
             query, key, value, query if mask is None else mask, seed, out, *_strides(query, key, value), *ctx.shape,
             **ctx.kinds, num_warps=_warps(ctx.kinds),
         )  # fmt: skip
-        ctx.save_for_backward(query, key, value, mask, seed)
+        ctx.save_for_backward(query, both, mask, seed)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
-        query, key, value, mask, seed = ctx.saved_tensors
+        query, both, mask, seed = ctx.saved_tensors
+        key, value = both.permute(2, 0, 3, 1, 4)
         grad = grads[0] if grads[0].stride(3) == 1 else grads[0].contiguous()
         batch, heads, queries, width = query.shape
-        to_query = query.new_empty(batch, queries, heads, width)
-        to_key, to_value = (query.new_empty(batch, key.shape[2], heads, width) for _ in range(2))
+        to_query, to_both = query.new_empty(batch, queries, heads, width), both.new_empty(both.shape)
         _backward[(batch * heads,)](
-            query, key, value, query if mask is None else mask, seed, grad, to_query, to_key, to_value,
+            query, key, value, query if mask is None else mask, seed, grad, to_query, to_both, to_both[:, :, 1],
             *_strides(query, key, value), *grad.stride()[:3], *ctx.shape, **ctx.kinds, num_warps=_warps(ctx.kinds),
         )  # fmt: skip
-        return to_query.transpose(1, 2), to_key.transpose(1, 2), to_value.transpose(1, 2), None, None, None
+        return to_query.transpose(1, 2), to_both, None, None, None
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:

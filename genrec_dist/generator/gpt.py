@@ -17,7 +17,7 @@ from torch import nn
 
 from genrec_dist.config import GptConfig
 from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, node_means
-from genrec_dist.generator.transformer import CausalLayer, KeyValue, init_weights
+from genrec_dist.generator.transformer import AddNorm, CausalLayer, KeyValue, init_weights
 from genrec_dist.identifiers.trie import Trie
 
 
@@ -64,7 +64,7 @@ class GptGenerator(nn.Module):
         self.layers = nn.ModuleList(
             CausalLayer(dim, config.num_heads, config.ffn_multiplier, config.dropout) for _ in range(config.num_layers)
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = AddNorm(dim)
         self.dropout = nn.Dropout(config.dropout)
         self.apply(init_weights)
         nn.init.normal_(self.bos, std=0.02)
@@ -119,10 +119,12 @@ class GptGenerator(nn.Module):
 
     def states(self, items_Bn: torch.Tensor) -> torch.Tensor:
         """State that predicts each code of each item, (B, n, L, D): it sees BOS and all codes before."""
-        x_BTD = self.dropout(self._sequence(items_Bn)[:, :-1])
+        x_BTD, branch = self.dropout(self._sequence(items_Bn)[:, :-1]), None
         for layer in self.layers:
-            x_BTD, _ = layer(x_BTD)
-        return self.norm(x_BTD).unflatten(1, (items_Bn.shape[1], self.trie.max_depth))
+            x_BTD, branch, _ = cast(CausalLayer, layer).step(x_BTD, branch)
+        return self.norm.after(x_BTD, branch, self.config.dropout)[1].unflatten(
+            1, (items_Bn.shape[1], self.trie.max_depth)
+        )
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Cross-entropy of every code of every item of the windows, first items included.
@@ -137,8 +139,14 @@ class GptGenerator(nn.Module):
         mask = batch["mask"]
         items = torch.cat([batch["history"][:, :1], batch["targets"]], 1)
         valid = torch.cat([mask[:, :1], mask], 1)
-        hidden, item = self.states(items)[valid], items[valid]
-        path, depth = self.trie.item_path[item], self.trie.depth[item]
+        hidden = self.states(items)
+        if hidden.is_cuda:  # rows of padding cost less than waiting for the number of the others
+            hidden, item = hidden.flatten(0, 1), items.flatten()
+            depth = self.trie.depth[item] * valid.flatten()
+        else:
+            hidden, item = hidden[valid], items[valid]
+            depth = self.trie.depth[item]
+        path = self.trie.item_path[item]
         losses = code_losses(self.head, self.trie, hidden, path, depth, self.config.label_smoothing)
         total = torch.stack(losses).sum() / batch["count"]
         by_level = {f"loss_level_{level}": loss.detach() / batch["count"] for level, loss in enumerate(losses, 1)}

@@ -5,6 +5,7 @@ Writes model.safetensors (best on validation NDCG@10), curves.jsonl (the loss al
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from genrec_dist.errors import ConfigError
 from genrec_dist.evaluation.generative import list_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.gpt import GptGenerator
-from genrec_dist.generator.stage import load_parameters
+from genrec_dist.generator.stage import load_parameters, mean_codebook
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
+from genrec_dist.studies.sizes import gpt_size
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
@@ -79,10 +81,26 @@ class GptTask:
             sequences, config.max_history, optim.batch_size, settings["seed"], worker.device, optim.length_buckets
         )
         self.order = self.batches.order
+        book, width = mean_codebook(model.trie), model.head.nodes.embedding_dim if config.head == "child" else 0
+        book = replace(book, max_depth=model.trie.max_depth)
+        self._flops = np.array(
+            [
+                gpt_size(config.model_copy(update={"max_history": length}), book, width, length).training_flops
+                for length in range(config.max_history + 1)
+            ]
+        )
         self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
         return self.batches.local(indices, worker)
+
+    def tokens(self, indices: np.ndarray) -> int:
+        """Codes of a global batch's items, padding of rows left out; a level past an item's depth is a token too."""
+        return (self.batches.tokens_of(indices) + len(indices)) * self.model.trie.max_depth
+
+    def flops(self, indices: np.ndarray) -> float:
+        """Model FLOPs of a step on this global batch, padding left out."""
+        return float(self._flops[self.batches.samples.lengths[indices]].sum())
 
     def validate(self, worker: Worker) -> dict[str, float]:
         width, limit = self.settings["validation_beam"], self.settings["validation_users"]

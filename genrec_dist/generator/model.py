@@ -9,7 +9,7 @@ Source: PRORec section 3.4, equations 6 to 8.
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,10 @@ from genrec_dist.collaborative.losses import (
 )
 from genrec_dist.config import GeneratorConfig
 from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, node_means
-from genrec_dist.generator.transformer import DecoderLayer, EncoderLayer, KeyValue, init_weights
+from genrec_dist.generator.transformer import AddNorm, DecoderLayer, EncoderLayer, KeyValue, init_weights
 from genrec_dist.identifiers.trie import Trie
 
-Memory = tuple[list[KeyValue], torch.Tensor]
+Memory = tuple[list[KeyValue | torch.Tensor], torch.Tensor]
 CATALOG_LOGITS = 1 << 28
 """Logits of the distillation token over the catalog that are made at once, at most."""
 
@@ -61,13 +61,13 @@ class Generator(nn.Module):
         if config.encoder_input == "codes" or config.head == "per_level":
             self.code_in = nn.Embedding(self.trie.max_depth * self.trie.num_codes, dim)
         self.encoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(config.num_encoder_layers))
-        self.encoder_norm = nn.LayerNorm(dim)
+        self.encoder_norm = AddNorm(dim)
         self.source_norm = nn.LayerNorm(dim)
 
         self.bos = nn.Parameter(torch.zeros(dim))
         self.step = nn.Embedding(self.trie.max_depth + 2, dim)
         self.decoder = nn.ModuleList(DecoderLayer(*layer) for _ in range(config.num_decoder_layers))
-        self.decoder_norm = nn.LayerNorm(dim)
+        self.decoder_norm = AddNorm(dim)
         self.dropout = nn.Dropout(config.dropout)
         self.apply(init_weights)
         nn.init.normal_(self.bos, std=0.02)
@@ -102,11 +102,11 @@ class Generator(nn.Module):
         """Keys and values of every decoder layer over the encoded history, and their mask (B, 1, 1, S)."""
         x_BSD, mask_BS = self._source(history_BS, mask_BS)
         mask = mask_BS[:, None, None, :]
-        x_BSD = self.dropout(self.source_norm(x_BSD))
+        x_BSD, branch = self.dropout(self.source_norm(x_BSD)), None
         for layer in self.encoder:
-            x_BSD = layer(x_BSD, mask)
-        x_BSD = self.encoder_norm(x_BSD)
-        return [cast(DecoderLayer, layer).cross_attention.project(x_BSD) for layer in self.decoder], mask
+            x_BSD, branch = cast(EncoderLayer, layer).step(x_BSD, branch, mask)
+        _, x_BSD = self.encoder_norm.after(x_BSD, branch, self.config.dropout)
+        return [cast(DecoderLayer, layer).cross_attention.own(x_BSD) for layer in self.decoder], mask
 
     def _source(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         place = self.position(recency(mask_BS))
@@ -139,15 +139,16 @@ class Generator(nn.Module):
         memory: Memory,
         cache: list[KeyValue] | None = None,
         beams: int = 1,
-    ) -> tuple[torch.Tensor, list[KeyValue]]:
+    ) -> tuple[torch.Tensor, list[Any]]:
         """Decoder states of input embeddings (positions already added), and the grown cache."""
         keys, mask = memory
-        grown = []
+        grown, branch = [], None
         x_BTD = self.dropout(x_BTD)
         for i, layer in enumerate(self.decoder):
-            x_BTD, kv = layer(x_BTD, keys[i], mask, cache[i] if cache is not None else None, beams)
+            before = cache[i] if cache is not None else None
+            x_BTD, branch, kv = cast(DecoderLayer, layer).step(x_BTD, branch, keys[i], mask, before, beams)
             grown.append(kv)
-        return self.decoder_norm(x_BTD), grown
+        return self.decoder_norm.after(x_BTD, branch, self.config.dropout)[1], grown
 
     def begin(
         self, history_BS: torch.Tensor, mask_BS: torch.Tensor
@@ -209,8 +210,10 @@ class Generator(nn.Module):
         memory = self.encode(batch["history"], batch["mask"])
         path_BL, depth_B = self.trie.item_path[target], self.trie.depth[target]
         table = self.head.table(len(target)) if isinstance(self.head, ChildHead) else None
-        inputs = [self.start_tokens(len(target)), self.path_tokens(path_BL, table=table)]
         at_end = self.dense_token == "end"
+        # Nothing is read off the state at the last code unless a token stands behind it.
+        seen_BL = path_BL if at_end else path_BL[:, :-1]
+        inputs = [self.start_tokens(len(target)), self.path_tokens(seen_BL, table=table)]
         x_BTD = torch.cat(inputs, 1)
         if at_end:  # right behind the last code of each item; what follows is invisible to it
             x_BTD = torch.cat([x_BTD, x_BTD.new_zeros(len(target), 1, x_BTD.shape[2])], 1)

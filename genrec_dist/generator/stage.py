@@ -153,7 +153,7 @@ def step_costs(model: Generator) -> tuple[float, float, np.ndarray]:
         ).training_flops
         for length in range(config.max_history + 1)
     ]
-    per_target = depth + 1 + bool(config.distill_weight)
+    per_target = depth + {"none": 0, "start": 1, "end": 2}[model.dense_token]
     return 1.0 if config.encoder_input == "item" else depth, per_target, np.array(flops)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,16 +42,25 @@ class Attention(nn.Module):
         key, value = both.permute(2, 0, 3, 1, 4)
         return key, value
 
+    def own(self, source_BSD: torch.Tensor) -> KeyValue | torch.Tensor:
+        """Keys and values for a training pass: as `project`, or (B, S, 2, H, E) for the kernels of short sequences."""
+        batch, length, dim = source_BSD.shape
+        width = dim // self.num_heads
+        if _fused(source_BSD) and _short(length, width):
+            return self.key_value(source_BSD).view(batch, length, 2, self.num_heads, width)
+        return self.project(source_BSD)
+
     def forward(
         self,
         query_BQD: torch.Tensor,
-        key_value: KeyValue,
+        key_value: KeyValue | torch.Tensor,
         mask: torch.Tensor | None = None,
         causal: bool = False,
     ) -> torch.Tensor:
         """Attend from the queries to projected keys and values.
 
         Args:
+            key_value: from `project`, or from `own` with a mask of keys alone.
             causal: the queries are the last places of the keys, and each sees itself and those before it.
 
         Shapes:
@@ -61,13 +70,13 @@ class Attention(nn.Module):
         """
         batch, length, dim = query_BQD.shape
         query = self.query(query_BQD).view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)
-        key, value = key_value
         dropout = self.dropout if self.training else 0.0
-        if _is_short(query, key, mask):
+        if isinstance(key_value, torch.Tensor):
             from genrec_dist.generator.attention_triton import short_attention
 
-            out = short_attention(query, key, value, None if mask is None else mask[:, 0, 0], causal, dropout)
+            out = short_attention(query, key_value, None if mask is None else mask[:, 0, 0], causal, dropout)
             return self.out(out.reshape(batch, length, dim))
+        key, value = key_value
         if causal and length != key.shape[2]:  # torch would let the first query stand at the first key
             mask, causal = _causal_mask(length, key.shape[2], query.device), False
         out = F.scaled_dot_product_attention(
@@ -114,15 +123,9 @@ class Attention(nn.Module):
         return self.out(out.reshape(batch, length, dim))
 
 
-def _is_short(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether the kernels for short sequences serve: training on a GPU with Triton, a mask of keys at most."""
-    if query.device.type != "cuda" or not torch.is_grad_enabled() or not _has_triton():
-        return False
-    if mask is not None and (mask.dim() != 4 or mask.shape[1:3] != (1, 1) or len(mask) != len(query)):
-        return False
-    from genrec_dist.generator.attention_triton import fits
-
-    return fits(query, key)
+def _fused(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels serve: a training pass on a GPU that has it."""
+    return x.is_cuda and torch.is_grad_enabled() and _has_triton()
 
 
 @cache
@@ -130,9 +133,37 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _short(length: int, width: int) -> bool:
+    from genrec_dist.generator.attention_triton import fits
+
+    return fits(length, width)
+
+
 def _causal_mask(length: int, total: int, device: torch.device) -> torch.Tensor:
     """Query i stands at place total - length + i and may look at itself and all before it; (length, total) bool."""
     return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
+
+
+class AddNorm(nn.LayerNorm):
+    """Layer norm that can take the residual sum before it along."""
+
+    def after(self, x: torch.Tensor, branch: torch.Tensor | None, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + dropout(branch), and its norm.
+
+        Args:
+            branch: what a sub-layer gave and nobody has added yet; None: nothing.
+            dropout: of the branch, in training.
+        """
+        if _fused(x) and not hasattr(self.weight, "ds_id"):  # ZeRO 3 gathers the weight for calls of the module only
+            from genrec_dist.generator.fused_triton import WIDEST, add_norm
+
+            if x.shape[-1] <= WIDEST:
+                dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+                rate = dropout if self.training else 0.0
+                return add_norm(x, branch, self.weight, self.bias, self.eps, rate, dtype)
+        if branch is not None:
+            x = x + F.dropout(branch, dropout, self.training)
+        return x, self(x)
 
 
 class FeedForward(nn.Sequential):
@@ -143,88 +174,134 @@ class FeedForward(nn.Sequential):
             nn.Linear(dim, multiplier * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(multiplier * dim, dim)
         )
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        if not _fused(x):
+            return super().forward(x)
+        from genrec_dist.generator.fused_triton import gelu_dropout
 
-class _SelfAttentionLayer(nn.Module):
-    """Self-attention and feed-forward, residual, pre-norm; subclasses say what attends to what."""
+        rate = cast(nn.Dropout, self[2]).p if self.training else 0.0
+        return self[3](gelu_dropout(self[0](x), rate))
 
-    def __init__(self, dim: int, num_heads: int, multiplier: int, dropout: float) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads, dropout)
-        self.ffn_norm = nn.LayerNorm(dim)
+
+class _Layer(nn.Module):
+    """What the layers share: pre-norm, and a last branch that the next norm adds.
+
+    `step` takes a state and a branch that is not added yet and returns both anew, so that sum, dropout and norm are one
+    kernel where that pays; `forward` adds at once.
+    """
+
+    def _add_feed_forward(self, dim: int, multiplier: int, dropout: float) -> None:
+        self.ffn_norm = AddNorm(dim)
         self.ffn = FeedForward(dim, multiplier, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def _rest(self, x_BQD: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        x_BQD = x_BQD + self.dropout(attended)
-        return x_BQD + self.dropout(self.ffn(self.ffn_norm(x_BQD)))
+    def _feed(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, normed = self.ffn_norm.after(x, branch, self.dropout.p)
+        return x, self.ffn(normed)
+
+
+class _SelfAttentionLayer(_Layer):
+    """Self-attention and feed-forward; subclasses say what attends to what."""
+
+    def __init__(self, dim: int, num_heads: int, multiplier: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = AddNorm(dim)
+        self.attention = Attention(dim, num_heads, dropout)
+        self._add_feed_forward(dim, multiplier, dropout)
 
 
 class EncoderLayer(_SelfAttentionLayer):
     """Every place attends to all places that the mask allows."""
 
+    def step(
+        self, x_BSD: torch.Tensor, branch: torch.Tensor | None, mask: torch.Tensor | None, causal: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer, see `_Layer`."""
+        x_BSD, normed = self.attention_norm.after(x_BSD, branch, self.dropout.p)
+        return self._feed(x_BSD, self.attention(normed, self.attention.own(normed), mask, causal))
+
     def forward(self, x_BSD: torch.Tensor, mask: torch.Tensor | None, causal: bool = False) -> torch.Tensor:
-        normed = self.attention_norm(x_BSD)
-        return self._rest(x_BSD, self.attention(normed, self.attention.project(normed), mask, causal))
+        """One layer."""
+        x_BSD, branch = self.step(x_BSD, None, mask, causal)
+        return x_BSD + self.dropout(branch)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(_Layer):
     """Causal self-attention with an optional cache, cross-attention, feed-forward."""
 
     def __init__(self, dim: int, num_heads: int, multiplier: int, dropout: float) -> None:
         super().__init__()
-        self.self_norm = nn.LayerNorm(dim)
+        self.self_norm = AddNorm(dim)
         self.self_attention = Attention(dim, num_heads, dropout)
-        self.cross_norm = nn.LayerNorm(dim)
+        self.cross_norm = AddNorm(dim)
         self.cross_attention = Attention(dim, num_heads, dropout)
-        self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn = FeedForward(dim, multiplier, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self._add_feed_forward(dim, multiplier, dropout)
+
+    def step(
+        self,
+        x_BQD: torch.Tensor,
+        branch: torch.Tensor | None,
+        memory: KeyValue | torch.Tensor,
+        memory_mask: torch.Tensor,
+        cache: KeyValue | None = None,
+        beams: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor, KeyValue | torch.Tensor]:
+        """One layer, see `_Layer` and `forward`."""
+        x_BQD, normed = self.self_norm.after(x_BQD, branch, self.dropout.p)
+        own = self.self_attention.own(normed)
+        if cache is not None:
+            own = torch.cat([cache[0], own[0]], 2), torch.cat([cache[1], own[1]], 2)
+        attended = self.self_attention(normed, own, causal=normed.shape[1] > 1)
+        x_BQD, normed = self.cross_norm.after(x_BQD, attended, self.dropout.p)
+        # Beams of a user become query positions of one row: the memory is never copied.
+        batch, length, dim = x_BQD.shape
+        normed = normed.view(batch // beams, beams * length, dim)
+        crossed = self.cross_attention(normed, memory, memory_mask).view(batch, length, dim)
+        return *self._feed(x_BQD, crossed), own
 
     def forward(
         self,
         x_BQD: torch.Tensor,
-        memory: KeyValue,
+        memory: KeyValue | torch.Tensor,
         memory_mask: torch.Tensor,
         cache: KeyValue | None = None,
         beams: int = 1,
-    ) -> tuple[torch.Tensor, KeyValue]:
+    ) -> tuple[torch.Tensor, KeyValue | torch.Tensor]:
         """One layer.
 
         Args:
             x_BQD: decoder states; with `beams` W > 1 the batch is users x beams, beams of a user consecutive.
             memory: keys and values of the encoder, one a user, shared by its beams.
             memory_mask: (users, 1, 1, S) bool, True at items.
-            cache: keys and values of earlier positions; the new ones are appended.
+            cache: keys and values of earlier positions; the new ones are appended. Not in training.
             beams: W.
 
         Returns:
             States and the grown self-attention cache.
         """
-        normed = self.self_norm(x_BQD)
-        key, value = self.self_attention.project(normed)
-        if cache is not None:
-            key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
-        x_BQD = x_BQD + self.dropout(self.self_attention(normed, (key, value), causal=normed.shape[1] > 1))
-        # Beams of a user become query positions of one row: the memory is never copied.
-        batch, length, dim = x_BQD.shape
-        normed = self.cross_norm(x_BQD).view(batch // beams, beams * length, dim)
-        crossed = self.cross_attention(normed, memory, memory_mask).view(batch, length, dim)
-        x_BQD = x_BQD + self.dropout(crossed)
-        return x_BQD + self.dropout(self.ffn(self.ffn_norm(x_BQD))), (key, value)
+        x_BQD, branch, own = self.step(x_BQD, None, memory, memory_mask, cache, beams)
+        return x_BQD + self.dropout(branch), own
 
 
 class CausalLayer(_SelfAttentionLayer):
     """Causal, over a whole sequence or behind a shared prefix."""
 
-    def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, KeyValue]:
+    def step(
+        self, x_BSD: torch.Tensor, branch: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, KeyValue | torch.Tensor]:
+        """One layer over a sequence from its start, see `_Layer` and `forward`."""
+        x_BSD, normed = self.attention_norm.after(x_BSD, branch, self.dropout.p)
+        own = self.attention.own(normed)
+        return *self._feed(x_BSD, self.attention(normed, own, causal=True)), own
+
+    def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, KeyValue | torch.Tensor]:
         """States of a sequence from its start, and the keys and values that later places need.
 
         Right padding needs no mask: no real place looks at it.
         """
-        normed = self.attention_norm(x_BSD)
-        own = self.attention.project(normed)
-        return self._rest(x_BSD, self.attention(normed, own, causal=True)), own
+        x_BSD, branch, own = self.step(x_BSD, None)
+        return x_BSD + self.dropout(branch), own
 
     def extend(
         self,
@@ -239,7 +316,9 @@ class CausalLayer(_SelfAttentionLayer):
         key, value = self.attention.project(normed)
         if cache is not None:
             key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
-        return self._rest(x_BQD, self.attention.behind(normed, prefix, prefix_mask, (key, value), beams)), (key, value)
+        attended = self.attention.behind(normed, prefix, prefix_mask, (key, value), beams)
+        x_BQD, branch = self._feed(x_BQD, attended)
+        return x_BQD + self.dropout(branch), (key, value)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -249,13 +328,13 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, EncoderLayer | DecoderLayer | CausalLayer):
-            layer.forward = partial(_recomputed, layer, layer.forward)  # type: ignore[method-assign]
+            layer.step = partial(_recomputed, layer, layer.step)  # type: ignore[method-assign]
 
 
-def _recomputed(layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(layer: nn.Module, step: Callable, *args: Any, **kwargs: Any) -> Any:
     if not (layer.training and torch.is_grad_enabled()):
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return step(*args, **kwargs)
+    return checkpoint(step, *args, use_reentrant=False, **kwargs)
 
 
 def init_weights(module: nn.Module) -> None:

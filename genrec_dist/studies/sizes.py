@@ -204,7 +204,8 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
         group["item embeddings"] = num_items * width
 
     source = config.max_history * (1 if from_items else depth)
-    target = depth + 1 + distill
+    at_end = distill and config.distill_position == "end"
+    target = depth + 2 if at_end else depth + distill  # the last code has a place only before a token
     scored = sum(codebook.widths)
     flops = config.num_encoder_layers * encoder_layer_flops(dim, multiplier, source)
     flops += config.num_decoder_layers * decoder_layer_flops(dim, multiplier, target, source)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from genrec_dist.catalog.dataset import Sequences
-from genrec_dist.config import GeneratorConfig, OptimConfig
+from genrec_dist.config import GeneratorConfig, GptConfig, OptimConfig
+from genrec_dist.generator.gpt import GptGenerator
 from genrec_dist.generator.model import Generator
 from genrec_dist.identifiers.trie import Trie, build_trie
 
@@ -59,3 +60,12 @@ def beauty_generator(optim: OptimConfig, seed: int = 0, **settings) -> Generator
     integrated = torch.randn(NUM_ITEMS, WIDTH)
     config = GeneratorConfig.model_validate({"distill_position": "start", "optim": optim} | settings)
     return Generator(config, beauty_trie(seed), integrated)
+
+
+def beauty_gpt(optim: OptimConfig, seed: int = 0, **settings) -> GptGenerator:
+    """A decoder-only generator with fresh weights over random codes of four levels."""
+    torch.manual_seed(seed)
+    drawn = np.unique(np.random.default_rng(seed).integers(0, NUM_CODES**4, 2 * NUM_ITEMS))[:NUM_ITEMS]
+    codes = np.stack([drawn // NUM_CODES**level % NUM_CODES for level in range(4)], 1)
+    trie = build_trie(codes, np.full(NUM_ITEMS, 4))
+    return GptGenerator(GptConfig.model_validate({"optim": optim} | settings), trie)

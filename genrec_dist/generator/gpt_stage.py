@@ -20,6 +20,7 @@ from genrec_dist.errors import ConfigError
 from genrec_dist.evaluation.generative import list_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.gpt import GptGenerator
+from genrec_dist.generator.heads import ChildHead
 from genrec_dist.generator.stage import load_parameters, mean_codebook
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
@@ -81,8 +82,8 @@ class GptTask:
             sequences, config.max_history, optim.batch_size, settings["seed"], worker.device, optim.length_buckets
         )
         self.order = self.batches.order
-        book, width = mean_codebook(model.trie), model.head.nodes.embedding_dim if config.head == "child" else 0
-        book = replace(book, max_depth=model.trie.max_depth)
+        book = replace(mean_codebook(model.trie), max_depth=model.trie.max_depth)
+        width = model.head.nodes.embedding_dim if isinstance(model.head, ChildHead) else 0
         self._flops = np.array(
             [
                 gpt_size(config.model_copy(update={"max_history": length}), book, width, length).training_flops

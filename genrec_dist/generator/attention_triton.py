@@ -45,7 +45,7 @@ def _weights(
 def _kept(seed, pid, dropout, BQ: tl.constexpr, BS: tl.constexpr):
     """1 / (1 - dropout) where a weight is kept, 0 elsewhere."""
     place = pid * (BQ * BS) + tl.arange(0, BQ)[:, None] * BS + tl.arange(0, BS)[None, :]
-    return tl.where(tl.rand(tl.load(seed), place) >= dropout, 1.0 / (1.0 - dropout), 0.0)
+    return tl.where(tl.rand(tl.load(seed), place.to(tl.uint32), 7) >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
 
 @triton.jit

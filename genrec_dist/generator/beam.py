@@ -113,14 +113,14 @@ class Beams:
 
     Shapes:
         nodes: (B, W) int64, 0 where dead. scores: (B, W) float32, best first, -inf where dead.
-        source: (B, W) int64 row of each beam in the cache, which holds the beams of the level before.
+        source: (B, W) int64 row of each beam in the decoder's state, which holds the beams of the level before.
         start: (B, T, D) states of the start tokens.
     """
 
     nodes: torch.Tensor
     scores: torch.Tensor
     source: torch.Tensor
-    cache: list[KeyValue] | None
+    state: Any
     memory: Any
     start: torch.Tensor
 
@@ -141,7 +141,9 @@ class BeamSearch:
         totals = self.tables.child_scores(hidden[:, -1], root, torch.zeros(batch, device=device), 0)
         scores, pick = totals.topk(min(self.width, totals.shape[1]), 1)
         source = torch.arange(batch, device=device)[:, None].expand_as(pick)
-        return Beams(pick + 1, scores, source, cache, memory, hidden)  # children of the root are nodes 1, 2, ...
+        return Beams(
+            pick + 1, scores, source, self.tables.decoder.start(cache), memory, hidden
+        )  # children of the root are nodes 1, 2, ...
 
     def extend(self, beams: Beams, level: int) -> bool:
         """Go on from nodes at `level` to their children; False where every path has ended."""
@@ -157,12 +159,10 @@ class BeamSearch:
                 first = (~goes_on).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
                 nodes, scores, source = (part.gather(1, first) for part in (nodes, scores, source))
         flat_nodes = nodes.reshape(-1)
-        cache = beams.cache
-        if cache is not None:
-            rows = source.reshape(-1)
-            cache = [(key[rows], value[rows]) for key, value in cache]
-        hidden, cache = self.model.decode(self.tables.tokens(flat_nodes)[:, None], beams.memory, cache, count)
-        totals = self.tables.child_scores(hidden[:, -1], flat_nodes, scores.reshape(-1), level)
+        last = level + 1 == trie.max_depth
+        rows = self.tables.token_rows(flat_nodes)
+        hidden, state = self.tables.decoder.step(rows, source.reshape(-1), beams.memory, beams.state, count, last)
+        totals = self.tables.child_scores(hidden, flat_nodes, scores.reshape(-1), level)
         children = totals.shape[1]
         totals = totals.view(batch, -1)
         if kept is not None:
@@ -173,7 +173,7 @@ class BeamSearch:
         if kept is not None:
             behind = pick - count * children
             found = torch.where(behind < 0, found, beams.nodes.gather(1, behind.clamp(min=0)))
-        beams.nodes, beams.scores, beams.cache = torch.where(torch.isfinite(scores), found, 0), scores, cache
+        beams.nodes, beams.scores, beams.state = torch.where(torch.isfinite(scores), found, 0), scores, state
         beams.source = beam + torch.arange(batch, device=pick.device)[:, None] * count
         return True
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from genrec_dist.generator.beam_decoder import make_decoder
 from genrec_dist.generator.child_scores import Kernel, finish, make_child_scores
 from genrec_dist.generator.heads import ChildHead, PerLevelHead
 from genrec_dist.training.worker import exact_products
@@ -43,6 +44,7 @@ class SearchTables:
         nodes = inner.nonzero()[:, 0]
         self._row = (inner.cumsum(0) - 1).clamp(min=0)
         self._tokens = _inner_tokens(model, nodes)
+        self.decoder = make_decoder(model, self._tokens)
         leaf_levels = trie.level[trie.num_children == 0]
         self._shallowest = int(leaf_levels.min())
         self._nodes = head._unit(head.nodes.weight).contiguous() if isinstance(head, ChildHead) else None
@@ -61,6 +63,10 @@ class SearchTables:
     def tokens(self, nodes: torch.Tensor) -> torch.Tensor:
         """Decoder inputs of inner nodes, each at its own level, as `path_tokens` makes them; (..., D)."""
         return self._tokens[self._row[nodes]]
+
+    def token_rows(self, nodes: torch.Tensor) -> torch.Tensor:
+        """Where the decoder finds the inputs of inner nodes."""
+        return self._row[nodes]
 
     def leaves_above(self, level: int) -> bool:
         """Whether a path can have ended at `level` or above."""

@@ -7,7 +7,7 @@ Not for training.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -57,19 +57,20 @@ class T5Codes(nn.Module):
             raise ValueError(f"items at depths {sorted(set(trie.depth.tolist()))}, expected one depth")
         self.trie, self.max_history = DeviceTrie(trie), max_history
         torch.manual_seed(seed)
-        config = T5Config(
-            vocab_size=FIRST_CODE + trie.max_depth * trie.num_codes,
-            d_model=dim,
-            d_kv=dim // num_heads,
-            d_ff=ffn_multiplier * dim,
-            num_layers=num_encoder_layers,
-            num_decoder_layers=num_decoder_layers,
-            num_heads=num_heads,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
+        settings: dict[str, Any] = {
+            "vocab_size": FIRST_CODE + trie.max_depth * trie.num_codes,
+            "d_model": dim,
+            "d_kv": dim // num_heads,
+            "d_ff": ffn_multiplier * dim,
+            "num_layers": num_encoder_layers,
+            "num_decoder_layers": num_decoder_layers,
+            "num_heads": num_heads,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+        }
+        config = T5Config(**settings)
         self.t5 = T5ForConditionalGeneration(config).eval()
         if spread:
             for name, parameter in self.t5.named_parameters():
@@ -79,8 +80,9 @@ class T5Codes(nn.Module):
         rows = self.t5.lm_head.weight[FIRST_CODE:].view(trie.max_depth, trie.num_codes, dim)
         with torch.no_grad():
             for level, weight in zip(self.head.levels, rows):
-                level.weight.copy_(weight)
-                level.bias.zero_()
+                linear = cast(nn.Linear, level)
+                linear.weight.copy_(weight)
+                linear.bias.zero_()
         self.eval()
 
     def tokens_of(self, nodes: torch.Tensor) -> torch.Tensor:
@@ -131,7 +133,7 @@ class T5Codes(nn.Module):
             x = x + attention.o(out.transpose(1, 2).reshape(batch, length, dim))
             crossed, normed = block.layer[1].EncDecAttention, block.layer[1].layer_norm(x)
             query = self._heads(crossed.q(normed).view(batch // beams, beams * length, dim))
-            out = F.scaled_dot_product_attention(query, *keys[i], kept, scale=1.0)
+            out = F.scaled_dot_product_attention(query, keys[i][0], keys[i][1], kept, scale=1.0)
             x = x + crossed.o(out.transpose(1, 2).reshape(batch, length, dim))
             x = block.layer[2](x)
         return self.t5.decoder.final_layer_norm(x), grown

@@ -84,6 +84,8 @@ class BatchRunner:
                 if size == 1:
                     raise
                 size = -(-size // 2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         self.size = size
         if self.graphs:
             self._capture()

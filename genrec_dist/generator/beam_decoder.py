@@ -22,7 +22,7 @@ from genrec_dist.generator.transformer import DecoderLayer, KeyValue
 if TYPE_CHECKING:
     from genrec_dist.generator.beam import CodeGenerator
 
-USERS_AT_ONCE = 8
+USERS_AT_ONCE = 16
 """Users whose activations stay in a core's cache."""
 
 
@@ -154,7 +154,8 @@ class PreparedDecoder:
     def _project(self, i: int, x_RD: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values of a layer, (R, 3 D)."""
         if not i:
-            return self.first[token_R]
+            held = self._buffer("projected", len(token_R), self.first.shape[1])
+            return torch.index_select(self.first, 0, token_R, out=held)
         layer = self.layers[i]
         return self._product("projected", layer.norm(x_RD), layer.weight, layer.bias)
 
@@ -163,25 +164,28 @@ class PreparedDecoder:
     ) -> torch.Tensor:
         """Attention of each row to the start tokens, its own places and itself, (R, D)."""
         shape = (len(projected) // beams, beams, self.heads, self.dim // self.heads)
-        query = projected[:, : self.dim].view(shape)
-        # Broadcasting in two of three operands is many times slower than a copy of each start token to its beams.
-        places = [(key.expand(shape).contiguous(), value.expand(shape).contiguous()) for key, value in prefix]
-        for both in (*behind, projected[:, self.dim :]):
-            key, value = both.split(self.dim, 1)
-            places.append((key.view(shape), value.view(shape)))
-        scores = torch.stack([(query * key).sum(3) for key, _ in places]) * shape[3] ** -0.5
-        weights = scores.softmax(0)[..., None]
-        mixed = weights[0] * places[0][1]
-        for weight, (_, value) in zip(weights[1:], places[1:]):
-            mixed.addcmul_(weight, value)
+        query, own = projected.split([self.dim, 2 * self.dim], 1)
+        query = query.view(shape)
+        places = [tuple(part.view(shape) for part in both.split(self.dim, 1)) for both in (*behind, own)]
+        product = self._buffer("attended", len(projected), self.dim).view(shape)
+        scores = [torch.mul(query, key, out=product).sum(3) for key, _ in (*prefix, *places)]
+        weights = (torch.stack(scores) * shape[3] ** -0.5).softmax(0)[..., None]
+        mixed = torch.mul(weights[-1], places[-1][1], out=product)
+        spread = self._buffer("spread", len(projected), self.dim).view(shape)
+        for weight, (_, value) in zip(weights[:-1], (*prefix, *places[:-1])):
+            # A value of a user times weights of its beams: broadcasting both is many times slower than this copy.
+            mixed.addcmul_(weight, spread.copy_(value) if value.shape[1] == 1 else value)
         return mixed.view(-1, self.dim)
 
     def _product(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """x W + b in a buffer that the next product of the name overwrites: large allocations cost page faults."""
+        return torch.addmm(bias, x, weight.T, out=self._buffer(name, len(x), len(weight)))
+
+    def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
+        """Memory that the next use of the name overwrites: fresh memory of this size costs page faults."""
         held = self._buffers.get(name)
-        if held is None or len(held) < len(x):
-            held = self._buffers[name] = x.new_empty(len(x), len(weight))
-        return torch.addmm(bias, x, weight.T, out=held[: len(x)])
+        if held is None or len(held) < rows:
+            held = self._buffers[name] = self.tokens.new_empty(rows, width)
+        return held[:rows]
 
 
 def _add_product(x_RD: torch.Tensor, part: torch.Tensor, linear: nn.Linear) -> None:

@@ -194,12 +194,13 @@ def parts(model: CodeGenerator, samples: HistorySamples, args: argparse.Namespac
         nodes, scores, source = before.nodes.reshape(-1), before.scores.reshape(-1), before.source.reshape(-1)
         width = before.nodes.shape[1]
 
-        def decode(b=before, n=nodes, s=source, w=width):
-            cache = None if b.cache is None else [(key[s], value[s]) for key, value in b.cache]
-            return model.decode(search.tables.tokens(n)[:, None], b.memory, cache, w)
+        rows_of, last = search.tables.token_rows(nodes), level + 1 == model.trie.max_depth
+
+        def decode(b=before, r=rows_of, s=source, w=width, end=last):
+            return search.tables.decoder.step(r, s, b.memory, b.state, w, end)[0]
 
         out[f"  {name} decoder"] = milliseconds(decode)
-        hidden = decode()[0][:, -1]
+        hidden = decode()
         for kernel, other in searches.items():
             tables = other.tables
             score = lambda t=tables, h=hidden, n=nodes, s=scores, at=level: t.child_scores(h, n, s, at)  # noqa: E731

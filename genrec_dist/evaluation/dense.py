@@ -35,9 +35,9 @@ def mask_seen(scores_BN: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.
     return scores_BN.scatter(1, padded, float("-inf")).scatter(1, batch["target"][:, None], own)
 
 
-def batched(count: int, batch_size: int, worker: Worker) -> list[tuple[int, int]]:
-    """This worker's share of the fixed batches, as (start, end)."""
-    starts = range(0, count, batch_size)
+def batched(count: int, batch_size: int, worker: Worker, first: int = 0) -> list[tuple[int, int]]:
+    """This worker's share of the fixed batches of first, ..., count - 1, as (start, end)."""
+    starts = range(first, count, batch_size)
     return [(s, min(s + batch_size, count)) for s in starts][worker.rank :: worker.world_size]
 
 

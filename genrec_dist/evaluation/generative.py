@@ -7,10 +7,16 @@ from typing import cast
 import numpy as np
 import torch
 
+from genrec_dist.config import RuntimeConfig
 from genrec_dist.evaluation.dense import batched, mask_seen, target_ranks
+from genrec_dist.evaluation.replay import Batch, BatchRunner
 from genrec_dist.generator.beam import CodeGenerator, DenseGenerator, beam_search, exact_log_probabilities
+from genrec_dist.generator.search_tables import SearchTables
 from genrec_dist.training.samples import HistorySamples
 from genrec_dist.training.worker import Worker
+
+BATCH_USERS = RuntimeConfig().eval_batch_size
+"""Users of a batch where nothing else is said."""
 
 
 def rank_in_list(items_BW: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
@@ -19,7 +25,7 @@ def rank_in_list(items_BW: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor
     return torch.where(hit.any(1), hit.int().argmax(1) + 1, 0)
 
 
-def drop_seen(items_BW: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def drop_seen(items_BW: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Lists without the items of the history, order kept, -1 at the end."""
     history = batch["history"].masked_fill(~batch["mask"], -1)
     seen = (items_BW[:, :, None] == history[:, None, :]).any(2) & (items_BW != batch["target"][:, None])
@@ -35,15 +41,21 @@ def list_ranks(
     width: int,
     mix_weight: float = 0.0,
     limit: int = 0,
+    batch_size: int = BATCH_USERS,
 ) -> np.ndarray:
     """Rank of each target in its beam list, on every worker; (samples,) int64, 0 = not in it."""
-    batch_size = 512 if worker.device.type == "cuda" else 128
     count = min(limit or len(samples), len(samples))
     ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
+    tables = SearchTables(model)
+
+    def rank(batch: Batch) -> Batch:
+        items, _, _ = beam_search(model, batch["history"], batch["mask"], width, mix_weight, tables)
+        return {"rank": rank_in_list(items, batch["target"])}
+
+    runner = BatchRunner(rank, worker.device)
     for start, end in batched(count, batch_size, worker):
         batch = samples.gather(torch.arange(start, end, device=worker.device), model.max_history)
-        items, _, _ = beam_search(model, batch["history"], batch["mask"], width, mix_weight)
-        ranks[start:end] = rank_in_list(items, batch["target"])
+        ranks[start:end] = runner(batch)["rank"]
     return worker.sum(ranks).cpu().numpy()
 
 
@@ -51,20 +63,27 @@ class GenerativeRanker:
     """Ranks of one batch under every protocol that is reported.
 
     Args:
-        model: generator in eval mode.
+        model: generator in eval mode, whose weights stay as they are while the ranker is used.
         width: beam width.
         mix_weight: weight of the distillation token's dense logit.
-        exact: also score the whole catalog.
+        tables: made of the model; None makes them.
     """
 
-    def __init__(self, model: CodeGenerator, width: int, mix_weight: float) -> None:
+    def __init__(self, model: CodeGenerator, width: int, mix_weight: float, tables: SearchTables | None = None) -> None:
         self.model, self.width = model, width
         self.mix_weight = mix_weight if model.dense_token != "none" else 0.0
         self.max_history = model.max_history
+        self.tables = SearchTables(model) if tables is None else tables
 
-    def __call__(self, batch: dict[str, torch.Tensor], exact: bool) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Batch, exact: bool = False) -> Batch:
+        """Ranks by name.
+
+        Args:
+            batch: history, mask, target.
+            exact: also score the whole catalog, which waits for the device.
+        """
         history, mask, target = batch["history"], batch["mask"], batch["target"]
-        items, _, log_p = beam_search(self.model, history, mask, self.width, self.mix_weight)
+        items, _, log_p = beam_search(self.model, history, mask, self.width, self.mix_weight, self.tables)
         out = {"rank": rank_in_list(items, target), "rank_masked": rank_in_list(drop_seen(items, batch), target)}
         if self.mix_weight:
             order = log_p.argsort(dim=1, descending=True, stable=True)
@@ -82,7 +101,7 @@ class GenerativeRanker:
     def _exact_scores(self, history: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Whole-catalog scores, and whether the dense score is mixed in (a token at the start only)."""
         model = self.model
-        scores = exact_log_probabilities(model, history, mask)
+        scores = exact_log_probabilities(model, history, mask, self.tables)
         if self.mix_weight and model.dense_token == "start":
             scorer = cast(DenseGenerator, model)
             hidden, _, _ = scorer.begin(history, mask)
@@ -101,7 +120,7 @@ class DenseRanker:
     def __init__(self, score, max_history: int) -> None:
         self.score, self.max_history = score, max_history
 
-    def __call__(self, batch: dict[str, torch.Tensor], exact: bool) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Batch, exact: bool = False) -> Batch:
         scores = self.score(batch["history"], batch["mask"]).float()
         return {
             "rank": target_ranks(scores, batch["target"]),

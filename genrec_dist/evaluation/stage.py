@@ -18,17 +18,13 @@ import torch
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.cluster import ensure_ray, gpus_per_worker, worker_threads
-from genrec_dist.config import Config, EvaluationConfig, GeneratorConfig, GptConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.config import Config, EvaluationConfig, RuntimeConfig
 from genrec_dist.evaluation.bootstrap import bootstrap_intervals
-from genrec_dist.evaluation.dense import batched
 from genrec_dist.evaluation.metrics import rank_metrics
+from genrec_dist.evaluation.ranking import GENERATORS, Arrays, rank_users
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.worker import Worker, plain_worker, setup_torch
-
-Arrays = dict[str, np.ndarray]
-GENERATORS = ("generator", "gpt")
-EXACT_NAMES = ["rank_exact", "rank_checked", "same_top10"]
 
 
 def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], label: str) -> Stage:
@@ -63,9 +59,9 @@ def build_evaluation(context: StageContext, settings: dict) -> None:
     """Rank every user's held-out items and write the metrics."""
     started = time.monotonic()
     evaluation = EvaluationConfig.model_validate(settings["evaluation"])
-    test = _collect(context, settings, "test")
-    valid = _collect(context, settings, "valid")
     sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
+    ranks = _collect(context, settings, sequences)
+    test, valid = ranks["test"], ranks["valid"]
     _, users = holdout_samples(sequences, 1, "test", torch.device("cpu"))
     _, _, position = sequences.split_ends()
     pq.write_table(
@@ -116,7 +112,8 @@ def summarise(test: Arrays, valid: Arrays, tied: np.ndarray, settings: dict, eva
     return metrics
 
 
-def _collect(context: StageContext, settings: dict, split: str) -> Arrays:
+def _collect(context: StageContext, settings: dict, sequences: Sequences) -> dict[str, Arrays]:
+    """Ranks of all users by split, gathered from all workers."""
     runtime = context.runtime
     if runtime.backend == "ray":
         ray = ensure_ray(runtime)
@@ -124,90 +121,29 @@ def _collect(context: StageContext, settings: dict, split: str) -> Arrays:
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=runtime.max_preemptions)(_share)
         parts = ray.get(
             [
-                task.remote(rank, runtime.num_workers, context.inputs, settings, runtime, split)
+                task.remote(rank, runtime.num_workers, context.inputs, settings, runtime)
                 for rank in range(runtime.num_workers)
             ]
         )
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
+        return {
+            split: {name: sum(part[split][name] for part in parts) for name in parts[0][split]} for split in parts[0]
+        }
     worker = plain_worker(runtime)
     setup_torch(worker, worker_threads(runtime))
-    arrays = rank_users(worker, context.inputs, settings, runtime, split, context)
-    return {n: worker.sum(torch.from_numpy(a).to(worker.device)).cpu().numpy() for n, a in arrays.items()}
+    ranks = rank_users(worker, context.inputs, settings, runtime, context=context, sequences=sequences)
+    if worker.world_size == 1:
+        return ranks
+    return {
+        split: {n: worker.sum(torch.from_numpy(a).to(worker.device)).cpu().numpy() for n, a in arrays.items()}
+        for split, arrays in ranks.items()
+    }
 
 
 def _share(
-    rank: int, world_size: int, inputs: dict[str, Path], settings: dict, runtime: RuntimeConfig, split: str
-) -> Arrays:
+    rank: int, world_size: int, inputs: dict[str, Path], settings: dict, runtime: RuntimeConfig
+) -> dict[str, Arrays]:
     from genrec_dist.training.worker import pick_device
 
     worker = Worker(rank, world_size, pick_device(runtime.device))
     setup_torch(worker, worker_threads(runtime))
-    return rank_users(worker, inputs, settings, runtime, split)
-
-
-@torch.no_grad()
-def rank_users(
-    worker: Worker,
-    inputs: dict[str, Path],
-    settings: dict,
-    runtime: RuntimeConfig,
-    split: str,
-    context: StageContext | None = None,
-) -> Arrays:
-    """Ranks of this worker's batches; zero elsewhere, so that shares add up."""
-    evaluation = EvaluationConfig.model_validate(settings["evaluation"])
-    sequences = Catalog(inputs["catalog"], settings["order"]).sequences
-    ranker = _ranker(settings, inputs, sequences, evaluation, worker)
-    samples, _ = holdout_samples(sequences, ranker.max_history, split, worker.device)
-    generative = settings["method"] in GENERATORS
-    exact_users = evaluation.exact_users if generative and split == "test" else 0
-    arrays: Arrays = {}
-    exact_batch = 16
-    shares = [(s, e, False) for s, e in batched(len(samples), runtime.eval_batch_size, worker)]
-    shares += [(s, e, True) for s, e in batched(min(exact_users, len(samples)), exact_batch, worker)]
-    for start, end, exact in shares:
-        batch = samples.gather(torch.arange(start, end, device=worker.device), ranker.max_history)
-        for name, values in ranker(batch, exact).items():
-            if exact == (name in EXACT_NAMES):
-                arrays.setdefault(name, np.zeros(len(samples), np.int64))[start:end] = values.cpu().numpy()
-        if context is not None:
-            context.progress(end, len(samples), "users")
-    names = ["rank", "rank_masked"]
-    if settings["method"] == "generator" and evaluation.mix_weight and settings["generator"]["distill_weight"]:
-        names.append("rank_without_mix")
-    if exact_users:
-        names += EXACT_NAMES
-    return {name: arrays.get(name, np.zeros(len(samples), np.int64)) for name in names}
-
-
-def _ranker(
-    settings: dict, inputs: dict[str, Path], sequences: Sequences, evaluation: EvaluationConfig, worker: Worker
-):
-    from genrec_dist.evaluation.generative import DenseRanker, GenerativeRanker
-
-    method = settings["method"]
-    if method == "generator":
-        from genrec_dist.generator.stage import load_model
-
-        config = GeneratorConfig.model_validate(settings["generator"])
-        model = load_model(config, inputs["fusion"], inputs["identifiers"], inputs["generator"]).to(worker.device)
-        return GenerativeRanker(model, evaluation.beam_width, evaluation.mix_weight)
-    if method == "gpt":
-        from genrec_dist.generator.gpt_stage import load_gpt
-
-        gpt = load_gpt(GptConfig.model_validate(settings["gpt"]), inputs["identifiers"], inputs["generator"])
-        return GenerativeRanker(gpt.to(worker.device), evaluation.beam_width, mix_weight=0.0)
-    if method == "popularity":
-        from genrec_dist.baselines.popularity import popularity_scores
-
-        scores = popularity_scores(sequences).to(worker.device)
-        return DenseRanker(lambda history, mask: scores.expand(len(history), -1), 1_000)
-    from safetensors.torch import load_file
-
-    from genrec_dist.baselines.sasrec import SasrecModel
-
-    section = SasrecConfig.model_validate(settings["sasrec"])
-    sasrec = SasrecModel(section, sequences.num_items)
-    sasrec.load_state_dict(load_file(inputs["sasrec"] / "model.safetensors"))
-    sasrec = sasrec.to(worker.device).eval()
-    return DenseRanker(sasrec.score_catalog, section.max_history)
+    return rank_users(worker, inputs, settings, runtime)

@@ -6,14 +6,16 @@ Shape legend: B users, W beams, C children, D width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import torch
 
+from genrec_dist.generator.child_scores import NEG
 from genrec_dist.generator.heads import DeviceTrie, Head
+from genrec_dist.generator.search_tables import SearchTables
 from genrec_dist.generator.transformer import KeyValue
 
-NEG = float("-inf")
 EXACT_TOKENS = 1 << 17
 """Tokens of a pass of the exact scorer at most."""
 
@@ -63,6 +65,8 @@ def beam_search(
     mask: torch.Tensor,
     width: int,
     mix_weight: float = 0.0,
+    tables: SearchTables | None = None,
+    static: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best items of each user.
 
@@ -71,62 +75,107 @@ def beam_search(
         history, mask: batch of histories.
         width: beams kept at every step.
         mix_weight: the result is ordered by log p + mix_weight x dense logit of the distillation token.
+        tables: made of the model's present weights; None makes them, which costs more than a few users' search.
+        static: all shapes follow from the shape of the batch and nothing waits for the device, so that the search can
+            be captured in a CUDA graph; otherwise beams that have ended are not decoded. None: on a GPU.
 
     Shapes:
         history: (B, S) int64. mask: (B, S) bool.
         returns: items (B, W) int64, best first, -1 where fewer than W items exist; scores (B, W) float32 (mixed);
             log-probabilities (B, W) float32 in the same order.
+
+    Raises:
+        RuntimeError: the weights changed after the tables were made.
     """
-    trie, batch, device = model.trie, len(history), history.device
+    search = BeamSearch(model, width, tables, history.is_cuda if static is None else static)
     mix_weight = mix_weight if model.dense_token != "none" else 0.0
-    hidden, memory, cache = model.begin(history, mask)
-    log_p = _log_softmax(model.head(hidden[:, -1], torch.zeros(batch, dtype=torch.int64, device=device), 0))
-    scores, pick = log_p.topk(min(width, log_p.shape[1]), 1)
-    nodes = pick + trie.first_child[0]
-    user_query = None
-    if mix_weight and model.dense_token == "start":
-        user_query = cast(DenseGenerator, model).distilled(hidden[:, 0])
-    beams = nodes.shape[1]
-    if cache is not None:
-        cache = [(_spread(k, beams), _spread(v, beams)) for k, v in cache]
-    for level in range(1, trie.max_depth):
-        x = model.path_tokens(nodes.reshape(-1, 1), level)
-        hidden, cache = model.decode(x, memory, cache, beams)
-        children, valid = trie.children_of(nodes.reshape(-1), level)
-        log_p = _log_softmax(model.head(hidden[:, -1], nodes.reshape(-1), level))
-        total = scores.reshape(-1, 1) + log_p.masked_fill(~valid, NEG)
-        # A beam that ended above goes on as its own only child.
-        ended = trie.num_children[nodes.reshape(-1)] == 0
-        total[:, 0] = torch.where(ended, scores.reshape(-1), total[:, 0])
-        children[:, 0] = torch.where(ended, nodes.reshape(-1), children[:, 0])
-        flat = total.view(batch, -1)
-        scores, pick = flat.topk(min(width, flat.shape[1]), 1)
-        nodes = children.view(batch, -1).gather(1, pick)
-        source = pick // children.shape[1] + torch.arange(batch, device=device)[:, None] * beams
-        beams = nodes.shape[1]
-        if level + 1 < trie.max_depth:
-            cache = [(k[source.view(-1)], v[source.view(-1)]) for k, v in cache]
-    items = torch.where(torch.isfinite(scores), trie.node_item[nodes], -1)
-    log_p = scores
-    if mix_weight:
-        scorer = cast(DenseGenerator, model)
-        if user_query is None:
-            dense = _end_token_logits(scorer, memory, items)
-        else:
-            dense = scorer.dense_logits(user_query[:, None].expand(-1, beams, -1), items.clamp(min=0))
-        scores = torch.where(items >= 0, log_p + mix_weight * dense, NEG)
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        items, scores, log_p = items.gather(1, order), scores.gather(1, order), log_p.gather(1, order)
-    return items, scores, log_p
+    beams = search.begin(history, mask)
+    for level in range(1, model.trie.max_depth):
+        if not search.extend(beams, level):
+            break
+    items = torch.where(torch.isfinite(beams.scores), model.trie.node_item[beams.nodes], -1)
+    if not mix_weight:
+        return items, beams.scores, beams.scores
+    scorer = cast(DenseGenerator, model)
+    if model.dense_token == "start":
+        query = scorer.distilled(beams.start[:, 0])
+        dense = scorer.dense_logits(query[:, None].expand(-1, items.shape[1], -1), items.clamp(min=0))
+    else:
+        dense = _end_token_logits(scorer, beams.memory, items)
+    scores = torch.where(items >= 0, beams.scores + mix_weight * dense, NEG)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return items.gather(1, order), scores.gather(1, order), beams.scores.gather(1, order)
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Log-softmax over existing children; a row without any stays -inf."""
-    return torch.nan_to_num(logits.log_softmax(1), nan=NEG, neginf=NEG)
+@dataclass
+class Beams:
+    """State of a search between two levels.
+
+    Shapes:
+        nodes: (B, W) int64, 0 where dead. scores: (B, W) float32, best first, -inf where dead.
+        source: (B, W) int64 row of each beam in the decoder's state, which holds the beams of the level before.
+        start: (B, T, D) states of the start tokens.
+    """
+
+    nodes: torch.Tensor
+    scores: torch.Tensor
+    source: torch.Tensor
+    state: Any
+    memory: Any
+    start: torch.Tensor
 
 
-def _spread(tensor: torch.Tensor, beams: int) -> torch.Tensor:
-    return tensor.repeat_interleave(beams, 0)
+class BeamSearch:
+    """The steps of `beam_search`, which says what the arguments are."""
+
+    def __init__(self, model: CodeGenerator, width: int, tables: SearchTables | None, static: bool) -> None:
+        self.model, self.width, self.static = model, width, static
+        self.tables = SearchTables(model) if tables is None else tables
+        self.tables.check()
+
+    def begin(self, history: torch.Tensor, mask: torch.Tensor) -> Beams:
+        """Run the histories and choose first codes."""
+        batch, device = len(history), history.device
+        hidden, memory, cache = self.model.begin(history, mask)
+        root = torch.zeros(batch, dtype=torch.int64, device=device)
+        totals = self.tables.child_scores(hidden[:, -1], root, torch.zeros(batch, device=device), 0)
+        scores, pick = totals.topk(min(self.width, totals.shape[1]), 1)
+        source = torch.arange(batch, device=device)[:, None].expand_as(pick)
+        return Beams(
+            pick + 1, scores, source, self.tables.decoder.start(cache), memory, hidden
+        )  # children of the root are nodes 1, 2, ...
+
+    def extend(self, beams: Beams, level: int) -> bool:
+        """Go on from nodes at `level` to their children; False where every path has ended."""
+        trie, (batch, count) = self.model.trie, beams.nodes.shape
+        nodes, scores, source, kept = beams.nodes, beams.scores, beams.source, None
+        if self.tables.leaves_above(level):  # paths that have ended compete with those that go on
+            goes_on = (trie.num_children[nodes] > 0) & torch.isfinite(scores)
+            kept = scores.masked_fill(goes_on, NEG)
+            if not self.static:
+                count = int(goes_on.sum(1).max())
+                if not count:
+                    return False
+                first = (~goes_on).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+                nodes, scores, source = (part.gather(1, first) for part in (nodes, scores, source))
+        flat_nodes = nodes.reshape(-1)
+        last = level + 1 == trie.max_depth
+        rows = self.tables.token_rows(flat_nodes)
+        hidden, state = self.tables.decoder.step(rows, source.reshape(-1), beams.memory, beams.state, count, last)
+        totals = self.tables.child_scores(hidden, flat_nodes, scores.reshape(-1), level)
+        children = totals.shape[1]
+        totals = totals.view(batch, -1)
+        if kept is not None:
+            totals = torch.cat([totals, kept], 1)
+        scores, pick = totals.topk(min(self.width, totals.shape[1]), 1)
+        beam = (pick // children).clamp(max=count - 1)
+        found = trie.first_child[nodes.gather(1, beam)] + pick % children
+        if kept is not None:
+            behind = pick - count * children
+            found = torch.where(behind < 0, found, beams.nodes.gather(1, behind.clamp(min=0)))
+        beams.nodes, beams.scores, beams.state = torch.where(torch.isfinite(scores), found, 0), scores, state
+        beams.source = beam + torch.arange(batch, device=pick.device)[:, None] * count
+        return True
 
 
 def _end_token_logits(model: DenseGenerator, memory: Any, items: torch.Tensor) -> torch.Tensor:
@@ -144,7 +193,9 @@ def _end_token_logits(model: DenseGenerator, memory: Any, items: torch.Tensor) -
 
 
 @torch.no_grad()
-def exact_log_probabilities(model: CodeGenerator, history: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def exact_log_probabilities(
+    model: CodeGenerator, history: torch.Tensor, mask: torch.Tensor, tables: SearchTables | None = None
+) -> torch.Tensor:
     """Log-probability of every item for every user: the whole tree, teacher-forced, no cache, no pruning.
 
     The reference that beam search is checked against; cost grows with the number of nodes that have a choice of
@@ -154,6 +205,8 @@ def exact_log_probabilities(model: CodeGenerator, history: torch.Tensor, mask: t
         history: (B, S). Returns (B, num_items) float32; exp sums to 1 for each user.
     """
     trie, batch, device = model.trie, len(history), history.device
+    tables = SearchTables(model) if tables is None else tables
+    tables.check()
     state, memory, _ = model.begin(history, mask)
     log_p = torch.full((batch, trie.num_nodes), NEG, device=device)
     log_p[:, 0] = 0.0
@@ -167,10 +220,10 @@ def exact_log_probabilities(model: CodeGenerator, history: torch.Tensor, mask: t
             if not len(part):
                 break
             if level:
-                state = _path_states(model, memory, ancestors[part], batch)
-            logits = model.head(state[:, -1], inner[part].repeat(batch), level).view(batch, len(part), -1)
-            steps = logits.log_softmax(2) + log_p[:, inner[part], None]
-            log_p[:, children[part][valid[part]]] = steps[:, valid[part]]
+                state = _path_states(model, tables, memory, ancestors[part], batch)
+            above = log_p[:, inner[part]].reshape(-1)
+            steps = tables.child_scores(state[:, -1], inner[part].repeat(batch), above, level)
+            log_p[:, children[part][valid[part]]] = steps.view(batch, len(part), -1)[:, valid[part]]
         below = children[valid]
         source = torch.arange(len(inner), device=device)[:, None].expand_as(children)[valid]
         keep = trie.num_children[below] > 0
@@ -182,9 +235,11 @@ def exact_log_probabilities(model: CodeGenerator, history: torch.Tensor, mask: t
     return log_p[:, leaf]
 
 
-def _path_states(model: CodeGenerator, memory: Any, paths: torch.Tensor, batch: int) -> torch.Tensor:
+def _path_states(
+    model: CodeGenerator, tables: SearchTables, memory: Any, paths: torch.Tensor, batch: int
+) -> torch.Tensor:
     """States over teacher-forced paths (count, T) for every user, (users x count, ., D)."""
     count = len(paths)
-    tokens = torch.cat([model.start_tokens(count), model.path_tokens(paths)], 1)
+    tokens = torch.cat([model.start_tokens(count), tables.tokens(paths)], 1)
     x = tokens[None].expand(batch, -1, -1, -1).reshape(batch * count, *tokens.shape[1:])
     return model.decode(x, memory, beams=count)[0]

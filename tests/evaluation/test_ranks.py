@@ -10,10 +10,13 @@ from safetensors.torch import save_file
 from genrec_dist.artifacts.embeddings import write_embeddings
 from genrec_dist.baselines.popularity import popularity_scores
 from genrec_dist.catalog.dataset import Sequences
-from genrec_dist.config import EvaluationConfig, RuntimeConfig
+from genrec_dist.config import EvaluationConfig, GeneratorConfig, RuntimeConfig
+from genrec_dist.evaluation import generative, ranking
 from genrec_dist.evaluation.dense import batched, dense_ranks, mask_seen, target_ranks
 from genrec_dist.evaluation.generative import drop_seen, rank_in_list
-from genrec_dist.evaluation.stage import rank_users, summarise
+from genrec_dist.evaluation.ranking import rank_users
+from genrec_dist.evaluation.stage import summarise
+from genrec_dist.generator import stage as generator_stage
 from genrec_dist.testing.tiny import tiny_generator, tiny_sequences, tiny_trie, write_tiny_catalog
 from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.worker import Worker
@@ -150,7 +153,8 @@ def artifacts(tmp_path_factory):
 def shares_of(artifacts, world_size: int, **changes) -> list[dict[str, np.ndarray]]:
     inputs, settings, _ = artifacts
     runtime = RuntimeConfig(eval_batch_size=7, backend="local")
-    return [rank_users(Worker(r, world_size), inputs, settings | changes, runtime, "test") for r in range(world_size)]
+    settings = settings | changes
+    return [rank_users(Worker(r, world_size), inputs, settings, runtime, ["test"])["test"] for r in range(world_size)]
 
 
 def test_generative_ranks_do_not_depend_on_the_number_of_workers(artifacts):
@@ -162,6 +166,49 @@ def test_generative_ranks_do_not_depend_on_the_number_of_workers(artifacts):
         assert not (shares[0][name] * shares[1][name]).any(), name
     assert (alone["rank"] > 0).any()
     assert (alone["rank"] != alone["rank_without_mix"]).any()
+
+
+def test_both_splits_take_one_load_and_search_every_user_once(artifacts, monkeypatch):
+    inputs, settings, _ = artifacts
+    loads, searched = [], []
+    for module, name in ((generator_stage, "load_model"), (ranking, "Catalog")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _f=original, _n=name: loads.append(_n) or _f(*a))
+    search = generative.beam_search
+    monkeypatch.setattr(generative, "beam_search", lambda *a, **k: searched.append(len(a[1])) or search(*a, **k))
+    runtime = RuntimeConfig(eval_batch_size=7, backend="local")
+    ranks = rank_users(Worker(), inputs, settings, runtime)
+    assert sorted(loads) == ["Catalog", "load_model"]
+    assert sum(searched) == len(ranks["test"]["rank"]) + len(ranks["valid"]["rank"])
+    assert searched[:3] == [16, 4, 7]  # the 20 users of the exact check first
+    for split in ("test", "valid"):
+        alone = rank_users(Worker(), inputs, settings, runtime, [split])[split]
+        assert set(alone) == set(ranks[split])
+        assert all((alone[name] == ranks[split][name]).all() for name in alone)
+        assert ("rank_exact" in alone) == (split == "test")
+
+
+def test_the_batch_size_decides_no_rank(artifacts):
+    inputs, settings, _ = artifacts
+    small, large = (
+        rank_users(Worker(), inputs, settings, RuntimeConfig(eval_batch_size=size, backend="local"), ["test"])["test"]
+        for size in (3, 1000)
+    )
+    assert all((small[name] == large[name]).all() for name in small)
+
+
+def test_validation_ranks_are_the_evaluations(artifacts):
+    inputs, settings, evaluation = artifacts
+    runtime = RuntimeConfig(eval_batch_size=7, backend="local")
+    expected = rank_users(Worker(), inputs, settings, runtime, ["valid"])["valid"]["rank"]
+    config = GeneratorConfig.model_validate(settings["generator"])
+    model = generator_stage.load_model(config, inputs["fusion"], inputs["identifiers"], inputs["generator"])
+    samples, _ = holdout_samples(tiny_sequences(60, 25, seed=2), model.max_history, "valid", CPU)
+    width, mix = evaluation.beam_width, evaluation.mix_weight
+    ranks = generative.list_ranks(model, samples, Worker(), width=width, mix_weight=mix, batch_size=5)
+    assert ranks.tolist() == expected.tolist()
+    shares = [generative.list_ranks(model, samples, Share(r, 2), width=width, mix_weight=mix) for r in range(2)]
+    assert sum(shares).tolist() == expected.tolist()
 
 
 def test_exact_check_covers_the_first_users(artifacts):

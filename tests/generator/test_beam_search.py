@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from genrec_dist.generator.beam import beam_search, exact_log_probabilities
+from genrec_dist.generator.search_tables import SearchTables
 from genrec_dist.identifiers.trie import Trie, build_trie
 from genrec_dist.testing.brute_force import BruteForce
 from genrec_dist.testing.tiny import tiny_generator, tiny_histories, tiny_trie
@@ -173,3 +175,45 @@ def test_the_order_of_the_history_matters():
     mask = torch.ones_like(history, dtype=torch.bool)
     forward, backward = (exact_log_probabilities(model, h, mask) for h in (history, history.flip(1)))
     assert (forward - backward).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("mix", [0.0, 0.7])
+def test_the_search_of_fixed_shapes_gives_the_same_lists(tree, kind, mix):
+    """What a CUDA graph captures, beside the search that leaves out beams that have ended."""
+    trie = TREES[tree]()
+    model = tiny_generator(trie, **MODELS[kind], seed=8)
+    history, mask = tiny_histories(7, trie.num_items, 5, seed=8)
+    tables = SearchTables(model)
+    for width in (1, 3, 7, trie.num_items + 2):
+        items, scores, log_p = beam_search(model, history, mask, width, mix, tables)
+        fixed = beam_search(model, history, mask, width, mix, tables, static=True)
+        count = items.shape[1]  # fixed shapes may end in more empty places
+        assert torch.equal(items, fixed[0][:, :count])
+        assert (fixed[0][:, count:] == -1).all()
+        torch.testing.assert_close(scores, fixed[1][:, :count], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(log_p, fixed[2][:, :count], atol=1e-5, rtol=1e-5)
+
+
+def test_fixed_shapes_ask_the_device_nothing():
+    """No operation whose result's shape, or whose value on the host, depends on data: a capture would fail."""
+
+    class Recorder(TorchDispatchMode):
+        seen: set[str] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.add(func.overloadpacket.__name__)
+            if func.overloadpacket.__name__ == "index":  # masks would be turned into places
+                assert all(i is None or i.dtype != torch.bool for i in args[1])
+            return func(*args, **(kwargs or {}))
+
+    trie = TREES["uneven"]()
+    history, mask = tiny_histories(4, trie.num_items, 5)
+    for position in ("end", "start"):
+        model = tiny_generator(trie, distill_position=position)
+        tables = SearchTables(model, "gather")
+        with Recorder() as recorder:
+            beam_search(model, history, mask, 6, 0.5, tables, static=True)
+    assert "topk" in recorder.seen
+    assert not recorder.seen & {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "item"}

@@ -10,7 +10,8 @@ from genrec_dist.artifacts.embeddings import write_embeddings
 from genrec_dist.artifacts.files import read_json, read_jsonl
 from genrec_dist.config import Config, EvaluationConfig, GptConfig, RuntimeConfig
 from genrec_dist.errors import ArtifactError, ConfigError
-from genrec_dist.evaluation.stage import evaluation_stage, rank_users, summarise
+from genrec_dist.evaluation.ranking import rank_users
+from genrec_dist.evaluation.stage import evaluation_stage, summarise
 from genrec_dist.generator.gpt import GptGenerator
 from genrec_dist.generator.gpt_stage import build_gpt, gpt_stage, load_gpt
 from genrec_dist.generator.recommend import recommend
@@ -75,8 +76,8 @@ def test_training_leaves_an_artifact_that_loads(inputs):
 def test_evaluation_ranks_the_lists_of_the_generator(inputs):
     stage = evaluation_stage(CONFIG, "gpt", {name: leaf(name) for name in inputs}, "evaluation")
     assert stage.settings["gpt"] == SECTION.model_dump(mode="json")
-    shares = [rank_users(Worker(rank, 2), inputs, stage.settings, RUNTIME, "test") for rank in range(2)]
-    alone = rank_users(Worker(), inputs, stage.settings, RUNTIME, "test")
+    shares = [rank_users(Worker(rank, 2), inputs, stage.settings, RUNTIME)["test"] for rank in range(2)]
+    alone = rank_users(Worker(), inputs, stage.settings, RUNTIME)["test"]
     assert set(alone) == {"rank", "rank_masked", "rank_exact", "rank_checked", "same_top10"}
     for name, values in alone.items():
         assert (sum(share[name] for share in shares) == values).all(), name

@@ -122,14 +122,15 @@ def profile(worker: Worker, modes: list[str], batch_size: int, which: str) -> No
         total, count = sum(e.self_device_time_total for e in events) / 4e3, sum(e.count for e in events) // 4
         flops = task.flops(task.order.batch(5)) / (spent / 1e3) / 1e12
         width = batch["history"].shape[1]
-        print(
+        line = (
             f"{mode}, batch {batch_size} x {width}: {spent:.2f} ms a step, {total:.2f} ms of {count} kernels, "
             f"{flops:.0f} model TFLOP/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         )
-        for event in events[:24]:
+        for event in events[:16]:
             print(
                 f"  {event.self_device_time_total / 4e3:9.3f} ms {event.count // 4:6d} x  {event.key[:120]}", flush=True
             )
+        print(line, flush=True)
 
 
 def depths(worker: Worker, modes: list[str], which: list[str], epochs: int, wide_batch: int) -> None:

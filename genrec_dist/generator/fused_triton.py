@@ -24,7 +24,7 @@ ROOT_TWO_PI = tl.constexpr(2.5066282746310002)
 
 @triton.jit
 def _kept(seed, place, dropout):
-    """1 / (1 - dropout) where a number is kept, 0 elsewhere. Philox of 32-bit places: of 64-bit ones it costs thrice."""
+    """1 / (1 - dropout) where kept, 0 elsewhere. Philox of 32-bit places: of 64-bit ones it costs thrice."""
     drawn = tl.rand(tl.load(seed), place.to(tl.uint32), 7)
     return tl.where(drawn >= dropout, 1.0 / (1.0 - dropout), 0.0)
 

@@ -2,7 +2,8 @@
 
 The batch of a step is a function of its number alone, so what comes out does not depend on timing. The function must
 neither draw from torch's global generators nor take part in collectives: both belong to the training thread. Where the
-samples are gathered on the device there is nothing to hide, and `depth` 0 makes each batch when it is asked for.
+samples are gathered on the device there is nothing to hide, nor on a CPU, whose cores the training has already (0.6 to
+2 ms of a step of 240 on two of them): `depth` 0 makes each batch when it is asked for.
 """
 
 from __future__ import annotations

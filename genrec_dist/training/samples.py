@@ -64,6 +64,11 @@ class Gatherer(Generic[S]):
         """History lengths: `lengths[samples]`, numpy arrays both."""
         return Lengths(self.spans.lengths)
 
+    @property
+    def prefetch_depth(self) -> int:
+        """Batches worth making ahead: 2 where the host gathers for a GPU."""
+        return 2 if self.device.type == "cuda" and not self.resident else 0
+
     def tokens_of(self, indices: Indices) -> int:
         """Items of the histories of a batch; what the targets add is the caller's to count."""
         return int(self.spans.lengths(_host(indices)).sum())

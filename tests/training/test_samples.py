@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec_dist.catalog.dataset import Sequences
-from genrec_dist.testing.tiny import tiny_sequences
+from genrec_dist.testing.tiny import tiny_generator, tiny_sequences, tiny_trie
 from genrec_dist.training.samples import holdout_samples, prefix_samples, row_samples
 from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, uniform_negatives
 from genrec_dist.training.worker import Worker
@@ -202,11 +202,29 @@ def test_workers_share_out_each_global_batch(buckets):
         assert all(part["count"] * 3 == pytest.approx(len(indices)) for part in parts)
         assert batches.target_items(indices).tolist() == whole["target"].tolist()
         assert batches.tokens_of(indices) == whole["mask"].sum()
+        pieces = batches.local_parts(indices, Worker(), 4)
+        assert sorted(row for piece in pieces for row in rows(piece)) == sorted(rows(whole))
+        assert all(piece["mask"][:, -1].any() and piece["count"] == whole["count"] for piece in pieces)
         packed = [batches.packed(indices, Worker(rank, 3), multiple=8) for rank in range(3)]
         assert [p["count"] for p in packed] == [part["count"] for part in parts]
         assert all(len(p["tokens"]) % 8 == 0 for p in packed)
         assert sum(int(p["lengths"].sum()) for p in packed) == batches.tokens_of(indices)
         assert whole["history"].shape[1] == whole["mask"].sum(1).max()  # no column of padding alone
+
+
+def test_the_losses_of_parts_add_up_to_that_of_the_batch():
+    model = tiny_generator(tiny_trie(20, 4), head="child", distill_weight=0.0)
+    batches = PrefixBatches.build(tiny_sequences(30, 20), 6, 16, 0, 0, CPU)
+    indices = batches.order.batch(2)
+    gradients = []
+    for parts in (1, 3, 50):
+        model.zero_grad()
+        loss = sum(model(part)["loss"] for part in batches.local_parts(indices, Worker(), parts))
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0])
+    assert batches.local_parts(indices[:0], Worker(), 3)[0]["target"].shape == (0,)
 
 
 def test_windows_share_out_and_count_targets():

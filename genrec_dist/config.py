@@ -428,7 +428,10 @@ class RuntimeConfig(Section):
         "auto", description="auto: deepspeed under Ray, torch in a plain process"
     )
     zero_stage: Literal[0, 1, 2] = 0
-    checkpoint_minutes: float = Field(1.0, ge=0, description="minutes between checkpoints; 0: every epoch only")
+    checkpoint_minutes: float = Field(
+        1.0, ge=0, description="minutes between checkpoints; 0: epochs and checkpoint_steps decide"
+    )
+    checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: the clock and epochs decide")
     keep_checkpoints: int = Field(2, ge=1)
     spmm: Literal["auto", "dgl", "torch", "triton"] = Field(
         "auto", description="sums over neighbours; auto: triton on a GPU, dgl on a CPU where it works, else torch"

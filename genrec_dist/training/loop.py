@@ -17,13 +17,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from genrec_dist.artifacts.files import append_jsonl, write_atomic
+from genrec_dist.artifacts.tensors import save_tensors
 from genrec_dist.config import OptimConfig
 from genrec_dist.errors import DataError, TrainingError
 from genrec_dist.pipeline import StageContext
+from genrec_dist.training.cadence import Cadence
 from genrec_dist.training.checkpoints import Checkpoints, State
 from genrec_dist.training.engine import Engine
 from genrec_dist.training.order import BatchOrder
@@ -120,65 +121,72 @@ def train(
         seed: of dropout and negatives.
         monitor: validation metric that decides, higher is better.
         after_step: what else a step learns, given its number; on every worker, before any checkpoint of the step.
-        checkpoint_epochs: epochs between checkpoints, besides those by the clock.
+        checkpoint_epochs: epochs between checkpoints, besides those by clock and steps.
 
     Returns:
         Summary: steps, best step, best validation metric, seconds, whether it stopped early.
 
     Raises:
         TrainingError: the loss is not finite; nothing was updated by that step.
+        CheckpointError: a checkpoint could not be written; the ones before stay.
     """
-    checkpoints = Checkpoints(context.scratch / "checkpoints", context.runtime.keep_checkpoints)
+    runtime = context.runtime
+    checkpoints = Checkpoints(context.scratch / "checkpoints", runtime.keep_checkpoints, fingerprint=context.key)
     state, best = _restore(checkpoints, engine, context, worker)
     curves = _Curves(context.out / "curves.jsonl", state.curve_lines, worker.is_main)
     per_epoch = task.order.steps_per_epoch
     total = per_epoch * config.epochs
     log_every = max(1, min(100, per_epoch // 4))
-    clock = saved = time.monotonic()
-    while state.step < total and not state.stopped:
-        torch.manual_seed(_step_seed(seed, state.step, worker.rank))
-        engine.model.train()
-        indices = task.order.batch(state.step)
-        losses = engine.forward(task.batch(indices, worker))
-        engine.backward(losses["loss"])
-        _accumulate(state, losses, len(indices), worker, state.step / per_epoch)
-        rate = learning_rate(config, state.step, total)
-        engine.step(rate)
-        if after_step is not None:
-            after_step(state.step)
-        state.step += 1
-        now = time.monotonic()
-        state.seconds, clock = state.seconds + now - clock, now
-        epoch_end = state.step % per_epoch == 0
-        if epoch_end or state.step % log_every == 0:
-            _log(state, curves, rate, per_epoch)
-            if worker.is_main:
-                context.progress(
-                    state.step,
-                    total,
-                    "steps",
-                    epoch=round(state.step / per_epoch, 2),
-                    best=round(max(state.best, 0), 5),
-                )
-        if (epoch_end and (state.step // per_epoch) % config.evaluate_every == 0) or state.step == total:
-            best = _validate(task, engine, config, worker, state, best, curves, per_epoch, monitor)
-        due = context.runtime.checkpoint_minutes and now - saved >= 60 * context.runtime.checkpoint_minutes
-        if worker.world_size > 1:  # every worker must take part in gathering: worker 0's clock decides
-            due = bool(worker.broadcast(torch.tensor(float(due), device=worker.device)).item())
-        if due or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
-            state.curve_lines = curves.lines
-            full = engine.state()
-            _refuse_poison(full, state.step)
-            if isinstance(engine, ShardedEngine):
-                checkpoints.save_sharded(state.step, asdict(state), full, best, worker)
-            elif worker.is_main:
-                checkpoints.save(state.step, asdict(state), full, best)
-            saved = time.monotonic()
+    cadence = Cadence(runtime.checkpoint_minutes, runtime.checkpoint_steps)
+    cadence.saved(state.step)
+    clock = time.monotonic()
+    with checkpoints:
+        while state.step < total and not state.stopped:
+            torch.manual_seed(_step_seed(seed, state.step, worker.rank))
+            engine.model.train()
+            indices = task.order.batch(state.step)
+            losses = engine.forward(task.batch(indices, worker))
+            engine.backward(losses["loss"])
+            _accumulate(state, losses, len(indices), worker, state.step / per_epoch)
+            rate = learning_rate(config, state.step, total)
+            engine.step(rate)
+            if after_step is not None:
+                after_step(state.step)
+            state.step += 1
+            now = time.monotonic()
+            state.seconds, clock = state.seconds + now - clock, now
+            epoch_end = state.step % per_epoch == 0
+            if epoch_end or state.step % log_every == 0:
+                _log(state, curves, rate, per_epoch)
+                if worker.is_main:
+                    context.progress(
+                        state.step,
+                        total,
+                        "steps",
+                        epoch=round(state.step / per_epoch, 2),
+                        best=round(max(state.best, 0), 5),
+                    )
+            if (epoch_end and (state.step // per_epoch) % config.evaluate_every == 0) or state.step == total:
+                best = _validate(task, engine, config, worker, state, best, curves, per_epoch, monitor)
+            due = cadence.due(state.step)
+            if worker.world_size > 1 and cadence.by_clock:  # all have to gather together: worker 0's clock decides
+                due = bool(worker.broadcast(torch.tensor(float(due), device=worker.device)).item())
+            if due or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
+                state.curve_lines = curves.lines
+                checkpoints.wait()  # one copy of the state at a time
+                full = engine.state()
+                _refuse_poison(full, state.step)
+                if isinstance(engine, ShardedEngine):
+                    checkpoints.save_sharded(state.step, asdict(state), full, best, state.best_step, worker)
+                elif worker.is_main:
+                    checkpoints.save(state.step, asdict(state), full, best, state.best_step)
+                del full
+                cadence.saved(state.step)
     assert best is not None
     if isinstance(engine, ShardedEngine):  # its tables are the stage's to write, by owner
         engine.load_best(best)
     elif worker.is_main:
-        save_file(best, context.out / "model.safetensors")
+        save_tensors(best, context.out / "model.safetensors")
     worker.barrier()
     return {
         "steps": state.step,
@@ -225,7 +233,7 @@ def _restore(
         engine.load_parts(files)
         best = engine.read_best(best_files) if best_files else None
     else:
-        found = checkpoints.latest()
+        found = checkpoints.latest(worker)
         _tell_skipped(checkpoints, context, worker)
         if found is None:
             return LoopState(), None

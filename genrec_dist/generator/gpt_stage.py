@@ -19,7 +19,7 @@ from genrec_dist.errors import ConfigError
 from genrec_dist.evaluation.generative import list_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.gpt import GptGenerator
-from genrec_dist.generator.stage import load_parameters
+from genrec_dist.generator.parameters import load_parameters
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.training.engine import make_engine

@@ -95,9 +95,15 @@ class TrainingError(GenrecError):
 
 
 class CheckpointError(GenrecError):
-    """No valid checkpoint where one is required, or one does not fit the model."""
+    """No valid checkpoint where one is required, one does not fit the model, or one could not be written."""
 
     exit_code = EXIT_TRAINING
+
+
+class CheckpointSpaceError(CheckpointError):
+    """The disk of the checkpoints is full: a resource, as for every other stage."""
+
+    exit_code = EXIT_CLUSTER
 
 
 class FailedRowsError(GenrecError):

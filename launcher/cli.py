@@ -231,6 +231,20 @@ def recommend(
         show_recommendations(items, out())
 
 
+@app.command()
+@guarded
+def export(
+    run: RunName,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the exported model.", show_default=False)],
+    runs: RunsPath = RUNS,
+) -> None:
+    """Write a run's trained generator to a folder that loads without the run, Ray or DeepSpeed."""
+    from genrec_dist.runs import RunFolder
+    from launcher.export import export_model
+
+    export_model(RunFolder.existing(runs, run), folder, out())
+
+
 @config_app.command("show")
 @guarded
 def config_show(config: ConfigPath, settings: Overrides = None) -> None:

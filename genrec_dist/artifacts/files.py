@@ -37,6 +37,15 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk: what was made, renamed or removed in it stays so after a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented, strict (NaN is refused)."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

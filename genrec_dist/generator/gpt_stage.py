@@ -21,7 +21,8 @@ from genrec_dist.evaluation.generative import list_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.gpt import GptGenerator
 from genrec_dist.generator.heads import ChildHead
-from genrec_dist.generator.stage import load_parameters, mean_codebook
+from genrec_dist.generator.parameters import load_parameters
+from genrec_dist.generator.stage import mean_codebook
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.studies.sizes import gpt_size

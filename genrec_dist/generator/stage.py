@@ -6,22 +6,19 @@ Writes model.safetensors (best on validation NDCG@10), curves.jsonl and summary.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.config import Config, GeneratorConfig
-from genrec_dist.errors import ArtifactError
 from genrec_dist.evaluation.generative import list_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.heads import DeviceTrie
 from genrec_dist.generator.model import Generator
+from genrec_dist.generator.parameters import load_parameters
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.studies.sizes import CodebookSize, generator_size
@@ -31,8 +28,6 @@ from genrec_dist.training.loop import train
 from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.tasks import PrefixBatches, uniform_negatives
 from genrec_dist.training.worker import Worker
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: Stage) -> Stage:
@@ -58,35 +53,6 @@ def build_model(config: GeneratorConfig, fusion: Path, identifiers: Path) -> Gen
 def load_model(config: GeneratorConfig, fusion: Path, identifiers: Path, generator: Path) -> Generator:
     """The trained generator of a finished artifact, in eval mode."""
     return load_parameters(build_model(config, fusion, identifiers), generator, "generator")
-
-
-def load_parameters(model: Model, generator: Path, section: str) -> Model:
-    """Trained parameters into a model of the same settings, in eval mode; frozen ones need not be stored.
-
-    Args:
-        model: with fresh weights.
-        generator: artifact that holds model.safetensors.
-        section: configuration section that made the model.
-
-    Raises:
-        ArtifactError: other names or shapes.
-    """
-    file = generator / "model.safetensors"
-    stored = load_file(file)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    wrong = [name for name, tensor in stored.items() if name in shapes and tensor.shape != shapes[name]]
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    missing, unexpected = sorted(shapes.keys() - stored.keys() - frozen), sorted(stored.keys() - shapes.keys())
-    if missing or unexpected or wrong:
-        raise ArtifactError(
-            "stored parameters do not fit the model",
-            where=file,
-            got=f"missing {missing[:3]}, unexpected {unexpected[:3]}, of other shapes {wrong[:3]}",
-            expected=f"the parameters of the run's {section} section",
-            fix="build the artifact again",
-        )
-    model.load_state_dict(stored, strict=False)
-    return model.eval()
 
 
 class GeneratorTask:

@@ -178,7 +178,7 @@ class ShardedEngine(StepByParts):
                 for name in self.dense:
                     for key in (f"{kind}/{name}" for kind in kinds):
                         if key in names and key not in found:
-                            found[key] = part.get_tensor(key)
+                            found[key] = part.get_tensor(key).clone()  # of a view into a file that will be removed
                 for name, rows in self.rows.items():
                     there = part.get_tensor(f"{ROWS}/{name}").numpy()
                     order = np.argsort(there)

@@ -138,9 +138,8 @@ def resume_work(worker: Worker, root: Path, num_parts: int, sources: tuple = ())
             engine.backward(engine.forward(task.batch(task.order.batch(step), worker))["loss"])
             engine.step(1e-2)
         if source is None:
-            Checkpoints(root / f"checkpoint-{num_parts}").save_sharded(
-                3, {"step": 3}, engine.state(), engine.best(), worker
-            )
+            with Checkpoints(root / f"checkpoint-{num_parts}") as checkpoints:
+                checkpoints.save_sharded(3, {"step": 3}, engine.state(), engine.best(), 3, worker)
         table = whole(task, task.model.table, worker)
         if worker.is_main and source is not None:
             torch.save(table, root / f"resumed-{source}-{num_parts}.pt")
@@ -352,7 +351,7 @@ def test_a_checkpoint_without_a_part_is_refused(tmp_path):
     engine = ShardedEngine(task.model, task.config.optim, Worker())
     state = engine.state()
     half = {name: value[: len(value) // 2] if value.ndim else value for name, value in state.items()}
-    Checkpoints(tmp_path / "c").save_sharded(1, {}, half, None, Worker())
+    Checkpoints(tmp_path / "c", background=False).save_sharded(1, {}, half, None, 0, Worker())
     files = Checkpoints(tmp_path / "c").latest_sharded(Worker())[1]
     with pytest.raises(CheckpointError, match="not all rows"):
         engine.load_parts(files)

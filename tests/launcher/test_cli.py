@@ -46,6 +46,7 @@ def test_version() -> None:
         "status",
         "report",
         "recommend",
+        "export",
         "doctor",
         "config show",
         "config validate",

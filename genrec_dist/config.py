@@ -460,6 +460,10 @@ class RuntimeConfig(Section):
     eval_batch_size: int = Field(256, ge=1)
     max_failures: int = Field(1, ge=0, description="retries after real failures")
     max_preemptions: int = Field(10, ge=0, description="retries after node loss")
+    hang_seconds: float = Field(
+        600.0, ge=0, description="a worker that is silent for so long after its first step is ended; 0: never"
+    )
+    grace_seconds: float = Field(25.0, ge=0, description="time to save a checkpoint after SIGTERM")
     progress_seconds: float = Field(15.0, gt=0, description="between plain progress lines")
 
 

@@ -41,6 +41,7 @@ def list_ranks(
     count = min(limit or len(samples), len(samples))
     ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
     for start, end in batched(count, batch_size, worker):
+        worker.alive()
         batch = samples.gather(torch.arange(start, end, device=worker.device), model.max_history)
         items, _, _ = beam_search(model, batch["history"], batch["mask"], width, mix_weight)
         ranks[start:end] = rank_in_list(items, batch["target"])

@@ -28,6 +28,8 @@ from genrec_dist.training.checkpoints import Checkpoints, State
 from genrec_dist.training.engine import Engine
 from genrec_dist.training.order import BatchOrder
 from genrec_dist.training.sharded import ShardedEngine
+from genrec_dist.training.stopping import StopRequest
+from genrec_dist.training.watchdog import Watchdog
 from genrec_dist.training.worker import Worker
 
 MONITOR = "ndcg@10"
@@ -127,6 +129,7 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite; nothing was updated by that step.
+        Preempted: the training was asked to stop; the checkpoint of its last step is written.
     """
     checkpoints = Checkpoints(context.scratch / "checkpoints", context.runtime.keep_checkpoints)
     state, best = _restore(checkpoints, engine, context, worker)
@@ -135,45 +138,55 @@ def train(
     total = per_epoch * config.epochs
     log_every = max(1, min(100, per_epoch // 4))
     clock = saved = time.monotonic()
-    while state.step < total and not state.stopped:
-        torch.manual_seed(_step_seed(seed, state.step, worker.rank))
-        engine.model.train()
-        indices = task.order.batch(state.step)
-        losses = engine.forward(task.batch(indices, worker))
-        engine.backward(losses["loss"])
-        _accumulate(state, losses, len(indices), worker, state.step / per_epoch)
-        rate = learning_rate(config, state.step, total)
-        engine.step(rate)
-        if after_step is not None:
-            after_step(state.step)
-        state.step += 1
-        now = time.monotonic()
-        state.seconds, clock = state.seconds + now - clock, now
-        epoch_end = state.step % per_epoch == 0
-        if epoch_end or state.step % log_every == 0:
-            _log(state, curves, rate, per_epoch)
-            if worker.is_main:
-                context.progress(
-                    state.step,
-                    total,
-                    "steps",
-                    epoch=round(state.step / per_epoch, 2),
-                    best=round(max(state.best, 0), 5),
-                )
-        if (epoch_end and (state.step // per_epoch) % config.evaluate_every == 0) or state.step == total:
-            best = _validate(task, engine, config, worker, state, best, curves, per_epoch, monitor)
-        due = context.runtime.checkpoint_minutes and now - saved >= 60 * context.runtime.checkpoint_minutes
-        if worker.world_size > 1:  # every worker must take part in gathering: worker 0's clock decides
-            due = bool(worker.broadcast(torch.tensor(float(due), device=worker.device)).item())
-        if due or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
-            state.curve_lines = curves.lines
-            full = engine.state()
-            _refuse_poison(full, state.step)
-            if isinstance(engine, ShardedEngine):
-                checkpoints.save_sharded(state.step, asdict(state), full, best, worker)
-            elif worker.is_main:
-                checkpoints.save(state.step, asdict(state), full, best)
-            saved = time.monotonic()
+    with Watchdog(context, worker) as watchdog, StopRequest(context, worker) as stop:
+        while state.step < total and not state.stopped:
+            torch.manual_seed(_step_seed(seed, state.step, worker.rank))
+            engine.model.train()
+            indices = task.order.batch(state.step)
+            losses = engine.forward(task.batch(indices, worker))
+            engine.backward(losses["loss"])
+            _accumulate(state, losses, len(indices), worker, state.step / per_epoch)
+            rate = learning_rate(config, state.step, total)
+            engine.step(rate)
+            if after_step is not None:
+                after_step(state.step)
+            state.step += 1
+            watchdog.step_done(state.step)
+            now = time.monotonic()
+            state.seconds, clock = state.seconds + now - clock, now
+            epoch_end = state.step % per_epoch == 0
+            if epoch_end or state.step % log_every == 0:
+                _log(state, curves, rate, per_epoch)
+                if worker.is_main:
+                    context.progress(
+                        state.step,
+                        total,
+                        "steps",
+                        epoch=round(state.step / per_epoch, 2),
+                        best=round(max(state.best, 0), 5),
+                    )
+            if (epoch_end and (state.step // per_epoch) % config.evaluate_every == 0) or state.step == total:
+                watchdog.beat("validation")
+                best = _validate(task, engine, config, watchdog.worker, state, best, curves, per_epoch, monitor)
+            stopping = worker.is_main and stop.requested()
+            due = context.runtime.checkpoint_minutes and now - saved >= 60 * context.runtime.checkpoint_minutes
+            if worker.world_size > 1:  # every worker must take part in gathering: worker 0's clock decides
+                flags = worker.broadcast(torch.tensor([float(due), float(stopping)], device=worker.device))
+                due, stopping = (bool(flag) for flag in flags.tolist())
+            if due or stopping or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
+                watchdog.beat("checkpoint")
+                state.curve_lines = curves.lines
+                full = engine.state()
+                _refuse_poison(full, state.step)
+                if isinstance(engine, ShardedEngine):
+                    checkpoints.save_sharded(state.step, asdict(state), full, best, worker)
+                elif worker.is_main:
+                    checkpoints.save(state.step, asdict(state), full, best)
+                saved = time.monotonic()
+            if stopping:
+                worker.barrier()  # worker 0 has written what the others need no longer wait for
+                stop.leave(state.step)
+            watchdog.beat("step")
     assert best is not None
     if isinstance(engine, ShardedEngine):  # its tables are the stage's to write, by owner
         engine.load_best(best)

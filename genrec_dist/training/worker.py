@@ -6,7 +6,7 @@ Ray Train, torchrun or a plain call can supply it, so the same loop runs in all 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +18,10 @@ from genrec_dist.config import RuntimeConfig
 from genrec_dist.errors import ClusterError
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Worker:
     """One process of a distributed job.
@@ -26,11 +30,13 @@ class Worker:
         rank: 0..world_size-1.
         world_size: number of processes.
         device: where this process computes.
+        alive: to be called between the parts of long work, so that a watchdog does not take it for a hang.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    alive: Callable[[], None] = field(default=_nothing, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:

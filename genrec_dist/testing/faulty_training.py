@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.config import RuntimeConfig
@@ -30,7 +31,7 @@ def train_with_faults(worker: Worker, context: StageContext, settings: dict) -> 
         hang_at: step whose batch never comes; once.
         kill_at, signal: step before which the process gets a signal, once.
         seconds: that every step takes.
-        epochs: default 4, of 3 steps.
+        epochs: default 4, of 5 steps.
     """
     faulty = worker.rank == settings.get("rank", 0)
     context.event("rank_started", rank=worker.rank, world_size=worker.world_size)
@@ -54,7 +55,7 @@ def train_with_faults(worker: Worker, context: StageContext, settings: dict) -> 
     task = sasrec_task(worker, epochs=settings.get("epochs", 4), batch_size=4)
     hang_at = settings["hang_at"] if once("hang_at") else None
     engine = make("torch", task, worker)
-    wrapped = FaultyTask(task, hang_at=hang_at, before=before)
+    wrapped: Any = FaultyTask(task, hang_at=hang_at, before=before)
     summary = train(wrapped, engine, task.config.optim, worker, context, seed=1)
     if worker.is_main:
         write_json(context.out / "summary.json", summary | {"world_size": worker.world_size})

@@ -1,7 +1,7 @@
 """Stopping a training between two steps because the machine is about to be taken away.
 
-SIGTERM in the training's own process (plain, or started by torchrun) sets a flag. Ray's workers get no signal: for them
-the driver writes the stop file into the stage's scratch folder. The loop asks at every step boundary, saves a checkpoint
+SIGTERM in the training's own process (plain, or started by torchrun) sets a flag. Ray's workers get no signal: their
+driver writes the stop file into the stage's scratch folder. The loop asks at every step boundary, saves a checkpoint
 and leaves with exit code 75.
 """
 
@@ -34,9 +34,15 @@ def ask_to_stop(context: StageContext) -> None:
         stop_file(context).touch()
 
 
+def stopped_file(context: StageContext) -> Path:
+    """The file that says that the workers did stop: a Ray worker cannot say it with an exit code."""
+    return context.scratch / "stopped"
+
+
 def forget_stop(context: StageContext) -> None:
-    """Remove the stop file of an earlier attempt; to be done before workers start."""
+    """Remove both files of an earlier attempt; to be done before workers start."""
     stop_file(context).unlink(missing_ok=True)
+    stopped_file(context).unlink(missing_ok=True)
 
 
 class OnSigterm:
@@ -115,4 +121,5 @@ class StopRequest(OnSigterm):
         """
         if self.worker.is_main:
             self.context.event("training_stopped", step=step)
+            stopped_file(self.context).touch()
         raise Preempted

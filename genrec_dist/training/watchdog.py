@@ -22,9 +22,8 @@ from pathlib import Path
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.errors import EXIT_HUNG
 from genrec_dist.pipeline import StageContext
+from genrec_dist.training.attempts import hung_file
 from genrec_dist.training.worker import Worker
-
-HUNG_FILES = "hung-*.json"
 
 
 def stacks_file(context: StageContext, rank: int) -> Path:
@@ -38,7 +37,7 @@ class Watchdog:
     """Context manager around a training; armed by the first finished step.
 
     Args:
-        context: of the stage; gets the event `worker_hung`, the stacks, and hung-<rank>.json in its scratch.
+        context: of the stage; gets the event `worker_hung`, the stacks, and a record for whoever launched this worker.
         worker: this process.
         leave: ends the process.
         clock: seconds, monotonic.
@@ -111,7 +110,7 @@ class Watchdog:
                 "phase": self.phase,
                 "stacks": str(file),
             }
-            write_json(self.context.scratch / HUNG_FILES.replace("*", str(self.rank)), record)
+            write_json(hung_file(self.context, self.rank), record)
             self.context.event("worker_hung", **record)
             print(f"rank {self.rank} is silent for {silence:.0f} s in {self.phase} {self.step}", file=sys.stderr)
             faulthandler.dump_traceback(2, all_threads=True)

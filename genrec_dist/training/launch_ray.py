@@ -1,11 +1,11 @@
 """A worker function under Ray Train, started again as the budgets allow.
 
 Ray Train's own retries are off: it tells the loss of a node from a crash only if the node was drained first, and does
-not say why it started again. Here a node that is gone, or was drained, is a preemption; a worker that died on a node that
-lives is a failure.
+not say why it started again. Here a node that is gone, or was drained, is a preemption; a worker that died on a node
+that lives is a failure.
 
-`fit` blocks the driver's main thread in `ray.get`, where Python's signal handlers do run. The one for SIGTERM writes the
-stop file and nothing else, so `fit` returns when the workers have saved and left.
+`fit` blocks the driver's main thread in `ray.get`, where Python's signal handlers do run. The one for SIGTERM writes
+the stop file and nothing else, so `fit` returns when the workers have saved and left.
 """
 
 from __future__ import annotations

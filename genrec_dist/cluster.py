@@ -23,7 +23,8 @@ _started_here = False
 
 def worker_threads(runtime: RuntimeConfig) -> int:
     """CPU threads of one training or evaluation worker."""
-    return runtime.num_threads or max(1, (os.cpu_count() or 1) // runtime.num_workers)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.num_workers))  # torchrun's workers may be on several hosts
+    return runtime.num_threads or max(1, (os.cpu_count() or 1) // here)
 
 
 def ensure_ray(runtime: RuntimeConfig) -> Any:

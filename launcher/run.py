@@ -33,20 +33,11 @@ EVENT_OF_EXIT = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
 
 
 def check_batches(config: Config) -> None:
-    """Refuse global batches that the workers cannot share evenly, and a torchrun around the whole command.
+    """Refuse global batches that the workers cannot share evenly.
 
     Raises:
-        ConfigError: some `optim.batch_size` in use is not divisible by `runtime.num_workers`, or several ranks
-            of torchrun each started the command.
+        ConfigError: some `optim.batch_size` in use is not divisible by `runtime.num_workers`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "every rank of torchrun would run all stages",
-            where="WORLD_SIZE",
-            got=os.environ["WORLD_SIZE"],
-            expected="one process; it starts the others itself",
-            fix="call `genrec run` without torchrun, with runtime.backend=local and runtime.num_workers=N",
-        )
     workers = config.runtime.num_workers
     by_owner = {"lightgcn", "fusion"} if config.runtime.shard_tables else {"lightgcn"}
     for section in trained_sections(config):

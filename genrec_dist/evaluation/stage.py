@@ -23,6 +23,8 @@ from genrec_dist.evaluation.bootstrap import bootstrap_intervals
 from genrec_dist.evaluation.dense import batched
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.pipeline import Stage, StageContext
+from genrec_dist.training.company import world_size
+from genrec_dist.training.launch import launch
 from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.worker import Worker, plain_worker, setup_torch
 
@@ -129,10 +131,28 @@ def _collect(context: StageContext, settings: dict, split: str) -> Arrays:
             ]
         )
         return {name: sum(part[name] for part in parts) for name in parts[0]}
-    worker = plain_worker(runtime)
-    setup_torch(worker, worker_threads(runtime))
-    arrays = rank_users(worker, context.inputs, settings, runtime, split, context)
-    return {n: worker.sum(torch.from_numpy(a).to(worker.device)).cpu().numpy() for n, a in arrays.items()}
+    if world_size() > 1:
+        launch(rank_together, context, settings | {"split": split})
+    else:
+        worker = plain_worker(runtime)
+        setup_torch(worker, worker_threads(runtime))
+        rank_together(worker, context, settings | {"split": split})
+    with np.load(ranks_file(context, split)) as arrays:
+        return dict(arrays)
+
+
+def ranks_file(context: StageContext, split: str) -> Path:
+    """Where the ranks of all users are until they are written into the artifact."""
+    return context.scratch / f"ranks-{split}.npz"
+
+
+def rank_together(worker: Worker, context: StageContext, settings: dict) -> None:
+    """Worker function: rank all users of one split, each worker its batches."""
+    split = settings["split"]
+    arrays = rank_users(worker, context.inputs, settings, context.runtime, split, context if worker.is_main else None)
+    together = {n: worker.sum(torch.from_numpy(a).to(worker.device)).cpu().numpy() for n, a in arrays.items()}
+    if worker.is_main:
+        np.savez(ranks_file(context, split), **together)  # type: ignore[arg-type]  # the stubs take them for allow_pickle
 
 
 def _share(

@@ -91,7 +91,7 @@ def register(worker: Worker, context: StageContext, node: str = "") -> None:
     record = {"rank": worker.rank, "world_size": worker.world_size, "pid": os.getpid(), "host": platform.node()}
     write_json(_folder(context, create=True) / f"worker-{worker.rank}.json", record | {"node": node})
     if worker.is_main:
-        context.event("training_started", world_size=worker.world_size)
+        context.event("workers_started", world_size=worker.world_size)
 
 
 def workers(context: StageContext) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Run a worker function under Ray Train, under torchrun's launcher or in the plain process.
+"""Run a worker function under Ray Train, under torchrun (its launcher, or several hosts), or in the plain process.
 
 A worker function takes (worker, context, settings) and leaves its results as files in `context.out`. Typed errors come
 back as they were and are not retried; lost nodes, crashes and hangs are, each with its budget.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from genrec_dist.cluster import worker_threads
 from genrec_dist.pipeline import StageContext
+from genrec_dist.training import company
 from genrec_dist.training.attempts import prepare, register
 from genrec_dist.training.entry import WorkerFunction
 from genrec_dist.training.worker import plain_worker, setup_torch
@@ -30,6 +31,8 @@ def launch(function: WorkerFunction, context: StageContext, settings: dict) -> N
         from genrec_dist.training.launch_ray import launch_ray
 
         launch_ray(function, context, settings)
+    elif company.world_size() > 1:
+        company.company().lead(function, context, settings)
     elif context.runtime.num_workers > 1:
         from genrec_dist.training.launch_processes import launch_processes
 

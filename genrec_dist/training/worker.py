@@ -74,22 +74,24 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def plain_worker(runtime: RuntimeConfig) -> Worker:
-    """Worker of a plain process, or of torchrun when its environment variables are set."""
+def plain_worker(runtime: RuntimeConfig, group: str = "group") -> Worker:
+    """Worker of a plain process, or of torchrun when its environment variables are set.
+
+    Args:
+        runtime: says on which device.
+        group: name of the process group, unlike that of any earlier group that met in the same store.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(runtime.device, int(os.environ.get("LOCAL_RANK", "0")))
     if world_size > 1 and not dist.is_initialized():
-        _join_group("nccl" if device.type == "cuda" else "gloo")
+        _join_group("nccl" if device.type == "cuda" else "gloo", group)
     return Worker(int(os.environ.get("RANK", "0")), world_size, device)
 
 
-def _join_group(backend: str) -> None:
+def _join_group(backend: str, name: str) -> None:
     """Join torchrun's group; its store outlives a restart, with dead processes' addresses in it: keys get a prefix."""
     store, rank, world_size = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(
-        backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=world_size
-    )
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
 
 
 def setup_torch(worker: Worker, threads: int) -> None:

@@ -92,7 +92,7 @@ def test_a_signal_to_one_of_two_processes_costs_its_budget(tmp_path, number, kin
     (resumed,) = events(tmp_path, "training_resumed")
     assert resumed["step"] == 5 if number == signal.SIGKILL else 5 < resumed["step"] < 15
     assert read_json(tmp_path / "summary.json")["steps"] == 20
-    assert [e["world_size"] for e in events(tmp_path, "training_started")] == [2, 2]
+    assert [e["world_size"] for e in events(tmp_path, "workers_started")] == [2, 2]
 
 
 @pytest.mark.timeout(120)

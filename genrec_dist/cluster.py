@@ -118,7 +118,7 @@ def gpus_per_worker(runtime: RuntimeConfig, ray: Any) -> int:
     available = ray.cluster_resources().get("GPU", 0)
     if runtime.device == "cpu":
         return 0
-    if available >= runtime.num_workers:
+    if available >= (runtime.min_workers or runtime.num_workers):
         return 1
     if runtime.device == "cuda":
         raise ClusterError(

@@ -421,6 +421,11 @@ class RuntimeConfig(Section):
     backend: Literal["ray", "local"] = Field("ray", description="local: one plain process, no Ray")
     ray_address: str | None = Field(None, description="None starts a private Ray on this machine")
     num_workers: int = Field(1, ge=1, description="training and evaluation workers")
+    min_workers: int = Field(
+        0,
+        ge=0,
+        description="fewest training workers under Ray, for clusters that grow and shrink; 0: always num_workers",
+    )
     num_embed_workers: int = Field(1, ge=1, description="engines, each on its own cores or GPUs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = Field(0, ge=0, description="CPU threads a worker; 0: cores over workers")

@@ -6,6 +6,7 @@ Reads the configuration, writes `runs/<name>/` and the artifact store. It knows 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import platform
 import shutil
@@ -33,25 +34,61 @@ EVENT_OF_EXIT = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
 
 
 def check_batches(config: Config) -> None:
-    """Refuse global batches that the workers cannot share evenly.
+    """Refuse global batches that the workers cannot share evenly, in any number that may take part.
 
     Raises:
-        ConfigError: some `optim.batch_size` in use is not divisible by `runtime.num_workers`.
+        ConfigError: some `optim.batch_size` in use is not divisible by `runtime.num_workers`, or by a number between
+            it and `runtime.min_workers`; or the method's stages cannot do with another number.
     """
-    workers = config.runtime.num_workers
-    by_owner = {"lightgcn", "fusion"} if config.runtime.shard_tables else {"lightgcn"}
-    for section in trained_sections(config):
+    runtime = config.runtime
+    by_owner = {"lightgcn", "fusion"} if runtime.shard_tables else {"lightgcn"}
+    sections = trained_sections(config)
+    if runtime.min_workers:
+        check_elastic(config, by_owner & set(sections))
+    counts = range(runtime.min_workers or runtime.num_workers, runtime.num_workers + 1)
+    for section in sections:
         if section in by_owner:  # a worker takes what its users have in the batch
             continue
-        size = getattr(config, section).optim.batch_size
-        if size % workers:
+        size, even = getattr(config, section).optim.batch_size, math.lcm(*counts)
+        if size % even:
             raise ConfigError(
                 "batch cannot be shared evenly by the workers",
                 where=f"{section}.optim.batch_size",
-                got=f"{size} samples for runtime.num_workers = {workers}",
-                expected=f"a multiple of {workers}",
-                fix=f"use {size - size % workers or workers} or {size + workers - size % workers}",
+                got=f"{size} samples for {counts[0]} to {counts[-1]} workers"
+                if len(counts) > 1
+                else f"{size} samples for runtime.num_workers = {counts[0]}",
+                expected=f"a multiple of {even}",
+                fix=f"use {size - size % even or even} or {size + even - size % even}",
             )
+
+
+def check_elastic(config: Config, by_owner: set[str]) -> None:
+    """Refuse `runtime.min_workers` where the number of workers cannot change.
+
+    Raises:
+        ConfigError: without Ray, above `runtime.num_workers`, or with tables divided among the workers.
+    """
+    runtime = config.runtime
+    wrong = None
+    if runtime.backend != "ray":
+        wrong = f"runtime.backend = {runtime.backend}", "ray", "leave runtime.min_workers out"
+    elif runtime.min_workers > runtime.num_workers:
+        wrong = runtime.min_workers, f"at most runtime.num_workers = {runtime.num_workers}", "lower it"
+    elif by_owner:
+        wrong = (
+            f"{sorted(by_owner)}, whose tables belong to one worker each",
+            "stages that any number of workers can train",
+            "leave runtime.min_workers out",
+        )
+    if wrong is not None:
+        got, expected, fix = wrong
+        raise ConfigError(
+            "the number of training workers cannot change here",
+            where="runtime.min_workers",
+            got=got,
+            expected=expected,
+            fix=fix,
+        )
 
 
 def trained_sections(config: Config) -> list[str]:

@@ -32,30 +32,27 @@ def train_with_faults(worker: Worker, context: StageContext, settings: dict) -> 
         kill_at, signal: step before which the process gets a signal, once.
         seconds: that every step takes.
         epochs: default 4, of 5 steps.
+        patience: of the early stop, default as of the task.
     """
-    faulty = worker.rank == settings.get("rank", 0)
     context.event("rank_started", rank=worker.rank, world_size=worker.world_size)
-
-    def once(name: str) -> bool:
-        marker = context.scratch / f"did-{name}"
-        new = faulty and name in settings and not marker.exists()
-        if new:
-            marker.touch()
-        return new
-
-    kill_at = settings["kill_at"] if once("kill_at") else None
+    faults = {name: settings[name] for name in ("hang_at", "kill_at") if name in settings}
+    if worker.rank != settings.get("rank", 0):
+        faults = {}
+    faults = {name: step for name, step in faults.items() if not (context.scratch / f"did-{name}").exists()}
 
     def before(step: int) -> None:
         time.sleep(settings.get("seconds", 0))
         if worker.is_main:
             write_json(context.scratch / "at.json", {"step": step})
-        if step == kill_at:
+        for name in (name for name, at in faults.items() if at == step):
+            (context.scratch / f"did-{name}").touch()
+        if step == faults.get("kill_at"):
             os.kill(os.getpid(), settings.get("signal", signal.SIGKILL))
 
-    task = sasrec_task(worker, epochs=settings.get("epochs", 4), batch_size=4)
-    hang_at = settings["hang_at"] if once("hang_at") else None
+    optim = {name: settings[name] for name in ("patience",) if name in settings}
+    task = sasrec_task(worker, epochs=settings.get("epochs", 4), batch_size=4, **optim)
     engine = make("torch", task, worker)
-    wrapped: Any = FaultyTask(task, hang_at=hang_at, before=before)
+    wrapped: Any = FaultyTask(task, hang_at=faults.get("hang_at"), before=before)
     summary = train(wrapped, engine, task.config.optim, worker, context, seed=1)
     if worker.is_main:
         write_json(context.out / "summary.json", summary | {"world_size": worker.world_size})

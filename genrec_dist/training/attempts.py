@@ -107,13 +107,13 @@ def hung_file(context: StageContext, rank: int) -> Path:
 
 
 def hung(context: StageContext) -> Cause | None:
-    """The first hang of this attempt, if there was one."""
+    """The hang of this attempt, if there was one; the ranks that waited for the stuck one were silent like it."""
     records = _read(context, "hung-*.json")
     if not records:
         return None
-    first = max(records, key=lambda record: record["seconds"])
+    first = records[0]
     text = f"no sign of life for {first['seconds']:.0f} s in {first['phase']} after step {first['step']}"
-    return Cause("worker_hung", text, {"rank": first["rank"], "stacks": first["stacks"]})
+    return Cause("worker_hung", text, {"ranks": [r["rank"] for r in records], "stacks": [r["stacks"] for r in records]})
 
 
 def note_failure(context: StageContext, rank: int, error: BaseException) -> None:

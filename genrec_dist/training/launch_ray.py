@@ -22,6 +22,8 @@ from genrec_dist.training.entry import WorkerFunction, exhausted, run_reporting
 from genrec_dist.training.stopping import OnSigterm, ask_to_stop, stopped_file
 from genrec_dist.training.worker import Worker, setup_torch
 
+RESIZE_SECONDS = 60.0  # between looks whether an elastic group can grow
+COUNT_SECONDS = 21.0  # until Ray counts the nodes again; before, a group would wait a minute for the lost one
 NODE_SECONDS = 20.0  # until Ray's head notices that a node is gone
 
 
@@ -34,6 +36,12 @@ class _AskWorkers(OnSigterm):
 
     def react(self) -> None:
         ask_to_stop(self.context)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not for a process that has been told to stop."""
+        deadline = time.monotonic() + seconds
+        while not self.received and time.monotonic() < deadline:
+            time.sleep(0.2)
 
 
 def launch_ray(function: WorkerFunction, context: StageContext, settings: dict) -> None:
@@ -62,6 +70,8 @@ def launch_ray(function: WorkerFunction, context: StageContext, settings: dict) 
                 cause = _explain(ray, context, error)
                 if not retries.spend(cause):
                     raise exhausted(context, cause) from error
+                if cause.name == "node_lost" and context.runtime.min_workers:
+                    asked.pause(COUNT_SECONDS)
             else:
                 if asked.received or stopped_file(context).exists():
                     raise Preempted
@@ -86,7 +96,10 @@ def _trainer(ray: Any, function: WorkerFunction, context: StageContext, settings
             "threads": worker_threads(runtime),
         },
         scaling_config=ScalingConfig(
-            num_workers=runtime.num_workers, use_gpu=use_gpu, resources_per_worker=_resources(use_gpu)
+            num_workers=(runtime.min_workers, runtime.num_workers) if runtime.min_workers else runtime.num_workers,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            use_gpu=use_gpu,
+            resources_per_worker=_resources(use_gpu),
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(

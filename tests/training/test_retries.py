@@ -18,6 +18,7 @@ from genrec_dist.training import attempts
 from genrec_dist.training.attempts import Cause, Retries
 from genrec_dist.training.launch import launch
 from genrec_dist.training.launch_processes import ExitWatch
+from genrec_dist.training.watchdog import stacks_file
 from genrec_dist.training.worker import Worker
 
 torch.set_num_threads(1)
@@ -101,3 +102,19 @@ def test_a_spent_budget_says_what_happened(tmp_path):
     with pytest.raises(TrainingError, match="retries exhausted") as caught:
         launch(train_with_faults, context, {"rank": 1, "kill_at": 5})
     assert caught.value.got == "worker_died: died of SIGKILL"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_ray_worker_that_dies_and_one_that_hangs_are_told_apart(ray_session, tmp_path):
+    context = context_of(tmp_path, backend="ray", num_workers=2, max_failures=2, max_preemptions=0, hang_seconds=5.0)
+    launch(train_with_faults, context, {"rank": 1, "kill_at": 3, "hang_at": 8, "seconds": 0.2})
+    found = events(tmp_path, "training_restarted")
+    assert [(e["cause"], e["kind"], e["left"]) for e in found] == [
+        ("worker_died", "failure", 1),
+        ("worker_hung", "failure", 0),
+    ]
+    assert found[0]["rank"] == 1
+    assert "stuck_for_ever" in stacks_file(context, 1).read_text()
+    assert [e["step"] for e in events(tmp_path, "training_resumed")] == [3, 8]
+    assert read_json(tmp_path / "summary.json")["steps"] == 20

@@ -15,14 +15,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
 from genrec_dist.artifacts.store import ArtifactStore
 from genrec_dist.cluster import leave_ray
 from genrec_dist.config import Config
-from genrec_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError, ConfigError
+from genrec_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_TRAINING, CheckpointError, ConfigError
 from genrec_dist.pipeline import Stage, closure, execute
 from genrec_dist.runs import RunFolder
 from launcher.failures import Stopped, explain
@@ -69,7 +71,7 @@ def check_elastic(config: Config, by_owner: set[str]) -> None:
         ConfigError: without Ray, above `runtime.num_workers`, or with tables divided among the workers.
     """
     runtime = config.runtime
-    wrong = None
+    wrong: tuple[object, str, str] | None = None
     if runtime.backend != "ray":
         wrong = f"runtime.backend = {runtime.backend}", "ray", "leave runtime.min_workers out"
     elif runtime.min_workers > runtime.num_workers:
@@ -135,6 +137,8 @@ def perform(
         ConfigError: another process is at work in this run folder.
         CheckpointError: resume='require' and there is nothing to continue from.
     """
+    from genrec_dist.training import watchdog
+
     if resume == "require":
         require_progress(stages, store)
     run = RunFolder(runs, config.name)
@@ -154,6 +158,7 @@ def perform(
         with SignalWatch() as signals, captured(log, to_stderr=to_stderr) as stream:
             screen = StageScreen(stream, len(needed), config.runtime.progress_seconds)
             run.say = screen.note
+            watchdog.last_words = partial(_hung, run, screen, stream)
             try:
                 artifacts = ArtifactStore(store)
                 if resume == "never":
@@ -172,8 +177,17 @@ def perform(
                 screen.close(failed=True)
                 raise Stopped(failure) from error
             finally:
+                watchdog.last_words = None
                 _leave()
     return run
+
+
+def _hung(run: RunFolder, screen: StageScreen, stream: TextIO, text: str) -> None:
+    """What is left to say of a training that its watchdog ends together with this process."""
+    run.event("run_failed", exit_code=EXIT_TRAINING, type="WorkerHung", error=text)
+    screen.close(failed=True)
+    stream.write(f"error: {text}\n  fix: the same command continues from the last checkpoint\n")
+    stream.flush()
 
 
 def _leave() -> None:

@@ -14,7 +14,8 @@ import time
 from typing import Any
 
 from genrec_dist.cluster import ensure_ray, gpus_per_worker, worker_threads
-from genrec_dist.errors import Preempted, error_chain
+from genrec_dist.config import RuntimeConfig
+from genrec_dist.errors import ClusterError, Preempted, error_chain
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training import attempts
 from genrec_dist.training.attempts import Cause, Retries, last_line
@@ -96,10 +97,7 @@ def _trainer(ray: Any, function: WorkerFunction, context: StageContext, settings
             "threads": worker_threads(runtime),
         },
         scaling_config=ScalingConfig(
-            num_workers=(runtime.min_workers, runtime.num_workers) if runtime.min_workers else runtime.num_workers,
-            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-            use_gpu=use_gpu,
-            resources_per_worker=_resources(use_gpu),
+            use_gpu=use_gpu, resources_per_worker=_resources(use_gpu), **_group_size(ScalingConfig, runtime)
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
@@ -108,6 +106,24 @@ def _trainer(ray: Any, function: WorkerFunction, context: StageContext, settings
             failure_config=_no_retries(FailureConfig),
         ),
     )
+
+
+def _group_size(kind: Any, runtime: RuntimeConfig) -> dict[str, Any]:
+    """Ray Train's settings for a group of fixed size, or of one that follows the cluster."""
+    if not runtime.min_workers:
+        return {"num_workers": runtime.num_workers}
+    if "elastic_resize_monitor_interval_s" not in kind.__dataclass_fields__:
+        raise ClusterError(
+            "this Ray Train cannot change the number of workers",
+            where="runtime.min_workers",
+            got=runtime.min_workers,
+            expected="0",
+            fix="install a newer Ray (2.60 can), or leave it out",
+        )
+    return {
+        "num_workers": (runtime.min_workers, runtime.num_workers),
+        "elastic_resize_monitor_interval_s": RESIZE_SECONDS,
+    }
 
 
 def _no_retries(kind: Any) -> Any:

@@ -5,6 +5,8 @@ A thread waits for a sign of life after each step, batch of validation, or check
 main thread out of a collective whose peer is stuck. Every rank of a group that waits for a stuck one is silent too, so
 all of them end, and the stacks tell which one was the cause.
 
+In a plain process nobody starts anything again: the command itself ends, with the code of a failed training.
+
 It does not see code that keeps Python's global lock; Ray asks such a worker for its health in vain and ends it.
 """
 
@@ -20,10 +22,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from genrec_dist.artifacts.files import write_json
-from genrec_dist.errors import EXIT_HUNG
+from genrec_dist.errors import EXIT_HUNG, EXIT_TRAINING
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.attempts import hung_file
 from genrec_dist.training.worker import Worker
+
+last_words: Callable[[str], None] | None = (
+    None  # of a plain process; the command line tells the user, and the run's events
+)
 
 
 def stacks_file(context: StageContext, rank: int) -> Path:
@@ -52,6 +58,7 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.context, self.rank, self.leave, self.clock = context, worker.rank, leave, clock
+        self.alone = worker.world_size == 1 and context.runtime.backend == "local"
         self.limit = context.runtime.hang_seconds
         self._poll = min(1.0, self.limit / 10)
         self.worker = replace(worker, alive=self.beat)
@@ -114,6 +121,8 @@ class Watchdog:
             self.context.event("worker_hung", **record)
             print(f"rank {self.rank} is silent for {silence:.0f} s in {self.phase} {self.step}", file=sys.stderr)
             faulthandler.dump_traceback(2, all_threads=True)
+            if self.alone and last_words is not None:
+                last_words(f"training hung: no sign of life for {silence:.0f} s; stacks: {file}")
             time.sleep(3 * self._poll)  # so that the others find their own silence before this end fails them
         finally:  # whatever could not be written, a worker that hangs must not stay
-            self.leave(EXIT_HUNG)
+            self.leave(EXIT_TRAINING if self.alone else EXIT_HUNG)

@@ -27,9 +27,8 @@ from genrec_dist.pipeline import StageContext
 from genrec_dist.training.attempts import hung_file
 from genrec_dist.training.worker import Worker
 
-last_words: Callable[[str], None] | None = (
-    None  # of a plain process; the command line tells the user, and the run's events
-)
+# Of a plain process; set by the command line, which tells the user and the run's events.
+last_words: Callable[[str], None] | None = None
 
 
 def stacks_file(context: StageContext, rank: int) -> Path:

@@ -23,7 +23,8 @@ _started_here = False
 
 def worker_threads(runtime: RuntimeConfig) -> int:
     """CPU threads of one training or evaluation worker."""
-    return runtime.num_threads or max(1, (os.cpu_count() or 1) // runtime.num_workers)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.num_workers))  # torchrun's workers may be on several hosts
+    return runtime.num_threads or max(1, (os.cpu_count() or 1) // here)
 
 
 def ensure_ray(runtime: RuntimeConfig) -> Any:
@@ -117,7 +118,7 @@ def gpus_per_worker(runtime: RuntimeConfig, ray: Any) -> int:
     available = ray.cluster_resources().get("GPU", 0)
     if runtime.device == "cpu":
         return 0
-    if available >= runtime.num_workers:
+    if available >= (runtime.min_workers or runtime.num_workers):
         return 1
     if runtime.device == "cuda":
         raise ClusterError(

@@ -438,6 +438,11 @@ class RuntimeConfig(Section):
     backend: Literal["ray", "local"] = Field("ray", description="local: one plain process, no Ray")
     ray_address: str | None = Field(None, description="None starts a private Ray on this machine")
     num_workers: int = Field(1, ge=1, description="training and evaluation workers")
+    min_workers: int = Field(
+        0,
+        ge=0,
+        description="fewest training workers under Ray, for clusters that grow and shrink; 0: always num_workers",
+    )
     num_embed_workers: int = Field(1, ge=1, description="engines, each on its own cores or GPUs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = Field(0, ge=0, description="CPU threads a worker; 0: cores over workers")
@@ -500,6 +505,10 @@ class RuntimeConfig(Section):
     eval_batch_size: int = Field(256, ge=1)
     max_failures: int = Field(1, ge=0, description="retries after real failures")
     max_preemptions: int = Field(10, ge=0, description="retries after node loss")
+    hang_seconds: float = Field(
+        600.0, ge=0, description="a worker that is silent for so long after its first step is ended; 0: never"
+    )
+    grace_seconds: float = Field(25.0, ge=0, description="time to save a checkpoint after SIGTERM")
     progress_seconds: float = Field(15.0, gt=0, description="between plain progress lines")
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ EXIT_DATA = 3
 EXIT_CLUSTER = 4
 EXIT_TRAINING = 5
 EXIT_FAILED_ROWS = 6
+EXIT_HUNG = 70  # of a worker process that its watchdog ended; never of the command
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 
@@ -110,6 +111,13 @@ class FailedRowsError(GenrecError):
     """The work finished, with more failed rows than the configuration allows."""
 
     exit_code = EXIT_FAILED_ROWS
+
+
+class Preempted(SystemExit):
+    """A training that was asked to stop, and has saved its state."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)
 
 
 def find_typed(error: BaseException) -> GenrecError | None:

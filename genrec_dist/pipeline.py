@@ -50,7 +50,7 @@ class StageContext:
         path.mkdir(exist_ok=True)
         return path
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         """Record an event of the run."""
         if self.events_file is not None:
             append_event(self.events_file, kind, stage=self.title, **fields)

@@ -73,7 +73,7 @@ class RunFolder:
             yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")), where=str(self.path)
         )
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         """Append to events.jsonl."""
         append_event(self.path / "events.jsonl", kind, **fields)
 
@@ -112,7 +112,7 @@ class RunFolder:
         return (self.path / links[title]["path"]).resolve()
 
 
-def append_event(file: Path, kind: str, **fields: Any) -> None:
+def append_event(file: Path, kind: str, /, **fields: Any) -> None:
     """Append one event with the time to an events.jsonl."""
     append_jsonl(file, {"time": round(time.time(), 3), "event": kind, **fields})
 

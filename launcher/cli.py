@@ -112,12 +112,15 @@ def run(
     """Build what is missing, train, evaluate, report. The same command again continues where it stopped."""
     from genrec_dist import methods
     from genrec_dist.config import load_config
+    from launcher import torchrun
     from launcher.run import check_batches, perform
 
     overrides = [*(settings or []), *([f"name={name!r}"] if name else [])]
-    resolved = load_config(config, overrides)
+    resolved = torchrun.shared(load_config(config, overrides))
     check_batches(resolved)
     stages = methods.build_stages(resolved)
+    if torchrun.follows():
+        raise typer.Exit(0 if dry_run else torchrun.follow(runs / resolved.name))
     if dry_run:
         from launcher.dryrun import show_plan
 
@@ -125,15 +128,16 @@ def run(
         return
     from launcher.results import finish_run, show_result
 
-    finished = perform(
-        resolved,
-        stages,
-        store=store,
-        runs=runs,
-        command=sys.argv,
-        resume=resume.value,
-        finish=lambda folder: finish_run(resolved, folder),
-    )
+    with torchrun.leading():
+        finished = perform(
+            resolved,
+            stages,
+            store=store,
+            runs=runs,
+            command=sys.argv,
+            resume=resume.value,
+            finish=lambda folder: finish_run(resolved, folder),
+        )
     show_result(finished, out())
 
 
@@ -171,6 +175,9 @@ def study(
 
     find_study(name)
     from launcher import study as work
+    from launcher import torchrun
+
+    torchrun.refuse("study")
 
     plan = work.make_plan(name, config, data.value if data else None, settings or [], seeds, identifiers_only)
     if dry_run:

@@ -50,7 +50,8 @@ def explain(error: BaseException, received: signal.Signals | None = None) -> Fai
         error: what ended the work.
         received: signal that arrived meanwhile; it explains whatever the libraries made of it.
     """
-    if received == signal.SIGTERM:
+    stopped = isinstance(error, SystemExit) and error.code == EXIT_PREEMPTED
+    if received == signal.SIGTERM or (stopped and received is None):
         return Failure(EXIT_PREEMPTED, "preempted", "preempted by SIGTERM; the same command continues where it stopped")
     if received == signal.SIGINT or isinstance(error, KeyboardInterrupt):
         return Failure(EXIT_INTERRUPTED, "interrupted", "interrupted; the same command continues where it stopped")

@@ -6,6 +6,7 @@ Reads the configuration, writes `runs/<name>/` and the artifact store. It knows 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import platform
 import shutil
@@ -14,14 +15,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
 from genrec_dist.artifacts.store import ArtifactStore
 from genrec_dist.cluster import leave_ray
 from genrec_dist.config import Config
-from genrec_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError, ConfigError
+from genrec_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_TRAINING, CheckpointError, ConfigError
 from genrec_dist.pipeline import Stage, closure, execute
 from genrec_dist.runs import RunFolder
 from launcher.failures import Stopped, explain
@@ -33,34 +36,61 @@ EVENT_OF_EXIT = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
 
 
 def check_batches(config: Config) -> None:
-    """Refuse global batches that the workers cannot share evenly, and a torchrun around the whole command.
+    """Refuse global batches that the workers cannot share evenly, in any number that may take part.
 
     Raises:
-        ConfigError: some `optim.batch_size` in use is not divisible by `runtime.num_workers`, or several ranks
-            of torchrun each started the command.
+        ConfigError: some `optim.batch_size` in use is not divisible by `runtime.num_workers`, or by a number between
+            it and `runtime.min_workers`; or the method's stages cannot do with another number.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "every rank of torchrun would run all stages",
-            where="WORLD_SIZE",
-            got=os.environ["WORLD_SIZE"],
-            expected="one process; it starts the others itself",
-            fix="call `genrec run` without torchrun, with runtime.backend=local and runtime.num_workers=N",
-        )
-    workers = config.runtime.num_workers
-    by_owner = {"lightgcn", "fusion"} if config.runtime.shard_tables else {"lightgcn"}
-    for section in trained_sections(config):
+    runtime = config.runtime
+    by_owner = {"lightgcn", "fusion"} if runtime.shard_tables else {"lightgcn"}
+    sections = trained_sections(config)
+    if runtime.min_workers:
+        check_elastic(config, by_owner & set(sections))
+    counts = range(runtime.min_workers or runtime.num_workers, runtime.num_workers + 1)
+    for section in sections:
         if section in by_owner:  # a worker takes what its users have in the batch
             continue
-        size = getattr(config, section).optim.batch_size
-        if size % workers:
+        size, even = getattr(config, section).optim.batch_size, math.lcm(*counts)
+        if size % even:
             raise ConfigError(
                 "batch cannot be shared evenly by the workers",
                 where=f"{section}.optim.batch_size",
-                got=f"{size} samples for runtime.num_workers = {workers}",
-                expected=f"a multiple of {workers}",
-                fix=f"use {size - size % workers or workers} or {size + workers - size % workers}",
+                got=f"{size} samples for {counts[0]} to {counts[-1]} workers"
+                if len(counts) > 1
+                else f"{size} samples for runtime.num_workers = {counts[0]}",
+                expected=f"a multiple of {even}",
+                fix=f"use {size - size % even or even} or {size + even - size % even}",
             )
+
+
+def check_elastic(config: Config, by_owner: set[str]) -> None:
+    """Refuse `runtime.min_workers` where the number of workers cannot change.
+
+    Raises:
+        ConfigError: without Ray, above `runtime.num_workers`, or with tables divided among the workers.
+    """
+    runtime = config.runtime
+    wrong: tuple[object, str, str] | None = None
+    if runtime.backend != "ray":
+        wrong = f"runtime.backend = {runtime.backend}", "ray", "leave runtime.min_workers out"
+    elif runtime.min_workers > runtime.num_workers:
+        wrong = runtime.min_workers, f"at most runtime.num_workers = {runtime.num_workers}", "lower it"
+    elif by_owner:
+        wrong = (
+            f"{sorted(by_owner)}, whose tables belong to one worker each",
+            "stages that any number of workers can train",
+            "leave runtime.min_workers out",
+        )
+    if wrong is not None:
+        got, expected, fix = wrong
+        raise ConfigError(
+            "the number of training workers cannot change here",
+            where="runtime.min_workers",
+            got=got,
+            expected=expected,
+            fix=fix,
+        )
 
 
 def trained_sections(config: Config) -> list[str]:
@@ -107,6 +137,8 @@ def perform(
         ConfigError: another process is at work in this run folder.
         CheckpointError: resume='require' and there is nothing to continue from.
     """
+    from genrec_dist.training import watchdog
+
     if resume == "require":
         require_progress(stages, store)
     run = RunFolder(runs, config.name)
@@ -126,6 +158,7 @@ def perform(
         with SignalWatch() as signals, captured(log, to_stderr=to_stderr) as stream:
             screen = StageScreen(stream, len(needed), config.runtime.progress_seconds)
             run.say = screen.note
+            watchdog.last_words = partial(_hung, run, screen, stream)
             try:
                 artifacts = ArtifactStore(store)
                 if resume == "never":
@@ -144,8 +177,17 @@ def perform(
                 screen.close(failed=True)
                 raise Stopped(failure) from error
             finally:
+                watchdog.last_words = None
                 _leave()
     return run
+
+
+def _hung(run: RunFolder, screen: StageScreen, stream: TextIO, text: str) -> None:
+    """What is left to say of a training that its watchdog ends together with this process."""
+    run.event("run_failed", exit_code=EXIT_TRAINING, type="WorkerHung", error=text)
+    screen.close(failed=True)
+    stream.write(f"error: {text}\n  fix: the same command continues from the last checkpoint\n")
+    stream.flush()
 
 
 def _leave() -> None:

@@ -225,4 +225,5 @@ def _table_blocks(model: ShardedFusionModel, worker: Worker):
                 block = model.collaborative.weight.new_empty(end - start, model.config.dim)
             if worker.world_size > 1:
                 dist.broadcast(block, part)
+            worker.alive()
             yield torch.from_numpy(items[start:end].copy()).to(worker.device), block

@@ -74,6 +74,7 @@ def owned_user_ranks(
         seen_row, seen_id = _seen(partition, chosen)
         better = torch.zeros(2, len(chosen), dtype=torch.int64, device=worker.device)
         for first, items, block in _item_blocks(rows, partitions, worker):
+            worker.alive()
             begin, end = np.searchsorted(seen_id, [first, first + len(items)])
             order = np.argsort(seen_row[begin:end], kind="stable")
             mask_row, mask_column = seen_row[begin:end][order], seen_id[begin:end][order] - first

@@ -65,6 +65,7 @@ def dense_ranks(
     count = min(limit or len(samples), len(samples))
     ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
     for start, end in batched(count, batch_size, worker):
+        worker.alive()
         batch = samples.gather(torch.arange(start, end, device=worker.device), max_history)
         scores = score(batch["history"], batch["mask"]).float()
         if seen_masked:

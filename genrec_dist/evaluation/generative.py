@@ -54,6 +54,7 @@ def list_ranks(
 
     runner = BatchRunner(rank, worker.device)
     for start, end in batched(count, batch_size, worker):
+        worker.alive()
         batch = samples.gather(torch.arange(start, end, device=worker.device), model.max_history)
         ranks[start:end] = runner(batch)["rank"]
     return worker.sum(ranks).cpu().numpy()

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import load_file, save_file
 
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.catalog.dataset import Catalog, Sequences
@@ -23,8 +24,12 @@ from genrec_dist.evaluation.bootstrap import bootstrap_intervals
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.evaluation.ranking import GENERATORS, Arrays, rank_users
 from genrec_dist.pipeline import Stage, StageContext
+from genrec_dist.training.company import world_size
+from genrec_dist.training.launch import launch
 from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.worker import Worker, plain_worker, setup_torch
+
+SPLITS = ("test", "valid")
 
 
 def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], label: str) -> Stage:
@@ -128,15 +133,27 @@ def _collect(context: StageContext, settings: dict, sequences: Sequences) -> dic
         return {
             split: {name: sum(part[split][name] for part in parts) for name in parts[0][split]} for split in parts[0]
         }
+    if world_size() > 1:
+        launch(rank_together, context, settings)
+        return {split: load_file(ranks_file(context, split)) for split in SPLITS}
     worker = plain_worker(runtime)
     setup_torch(worker, worker_threads(runtime))
-    ranks = rank_users(worker, context.inputs, settings, runtime, context=context, sequences=sequences)
-    if worker.world_size == 1:
-        return ranks
-    return {
-        split: {n: worker.sum(torch.from_numpy(a).to(worker.device)).cpu().numpy() for n, a in arrays.items()}
-        for split, arrays in ranks.items()
-    }
+    return rank_users(worker, context.inputs, settings, runtime, SPLITS, context, sequences)
+
+
+def ranks_file(context: StageContext, split: str) -> Path:
+    """Where the ranks of all users are, under torchrun, until they are written into the artifact."""
+    return context.scratch / f"ranks-{split}.safetensors"
+
+
+def rank_together(worker: Worker, context: StageContext, settings: dict) -> None:
+    """Worker function: rank all users, each worker its batches."""
+    told = context if worker.is_main else None
+    ranks = rank_users(worker, context.inputs, settings, context.runtime, SPLITS, told)
+    for split, arrays in ranks.items():
+        together = {n: worker.sum(torch.from_numpy(a).to(worker.device)).cpu().numpy() for n, a in arrays.items()}
+        if worker.is_main:
+            save_file(together, ranks_file(context, split))
 
 
 def _share(

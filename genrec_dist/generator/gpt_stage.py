@@ -96,6 +96,11 @@ class GptTask:
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
         return self.batches.local(indices, worker)
 
+    @property
+    def prefetch_depth(self) -> int:
+        """Batches worth making ahead."""
+        return self.batches.prefetch_depth
+
     def tokens(self, indices: np.ndarray) -> int:
         """Codes of a global batch's items, padding of rows left out; a level past an item's depth is a token too."""
         return (self.batches.tokens_of(indices) + len(indices)) * self.model.trie.max_depth

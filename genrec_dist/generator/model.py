@@ -204,12 +204,21 @@ class Generator(nn.Module):
         """L_gen + beta L_distillation (equation 8).
 
         Args:
-            batch: history, mask (B, S), target (B,), count; `distill_negatives` (M,) when they are sampled.
+            batch: history, mask (B, S), target (B,), count; `distill_negatives` (M,) when they are sampled. Or `parts`,
+                a list of such batches with the count of the whole, whose losses are added.
         """
+        parts = batch.get("parts", [batch])
+        rows = sum(len(part["target"]) for part in parts)
+        table = self.head.table(rows) if isinstance(self.head, ChildHead) else None
+        losses = [self._losses(part, table) for part in parts]
+        if len(losses) == 1:
+            return losses[0]
+        return {name: torch.stack([loss[name] for loss in losses]).sum() for name in losses[0]}
+
+    def _losses(self, batch: dict, table: torch.Tensor | None) -> dict[str, torch.Tensor]:
         config, target = self.config, batch["target"]
         memory = self.encode(batch["history"], batch["mask"])
         path_BL, depth_B = self.trie.item_path[target], self.trie.depth[target]
-        table = self.head.table(len(target)) if isinstance(self.head, ChildHead) else None
         at_end = self.dense_token == "end"
         # Nothing is read off the state at the last code unless a token stands behind it.
         seen_BL = path_BL if at_end else path_BL[:, :-1]

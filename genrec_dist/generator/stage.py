@@ -29,6 +29,9 @@ from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.tasks import PrefixBatches, uniform_negatives
 from genrec_dist.training.worker import Worker
 
+LENGTH_PARTS, PART_SAMPLES = 4, 64
+"""Parts of like length of a batch on a CPU, at most, and samples of a part, at least."""
+
 
 def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: Stage) -> Stage:
     """Stage that trains the generator."""
@@ -74,12 +77,20 @@ class GeneratorTask:
         self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
-        batch = self.batches.local(indices, worker)
+        shared = {}
         if self.config.distill_weight and self.config.distill_negatives:
-            batch["distill_negatives"] = uniform_negatives(
+            shared["distill_negatives"] = uniform_negatives(
                 self.model.trie.num_items, self.config.distill_negatives, self.settings["seed"], indices, worker.device
             )
-        return batch
+        if worker.device.type == "cpu":  # parts of like length have less padding
+            parts = max(1, min(LENGTH_PARTS, len(indices) // (worker.world_size * PART_SAMPLES)))
+            return {"parts": [part | shared for part in self.batches.local_parts(indices, worker, parts)]}
+        return self.batches.local(indices, worker) | shared
+
+    @property
+    def prefetch_depth(self) -> int:
+        """Batches worth making ahead."""
+        return self.batches.prefetch_depth
 
     def tokens(self, indices: np.ndarray) -> int:
         """Places of encoder and decoder in a step on this global batch, padding left out."""

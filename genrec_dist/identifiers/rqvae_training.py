@@ -107,6 +107,7 @@ class RqvaeTask:
         codes = torch.zeros(count, self.config.num_levels, dtype=torch.int64, device=worker.device)
         errors = torch.zeros(len(model.names), dtype=torch.float64, device=worker.device)
         for block in list(_blocks(0, count))[worker.rank :: worker.world_size]:
+            worker.alive()
             _, found, parts = self.code(block)
             codes[block[0] : block[-1] + 1] = found.codes
             errors += torch.stack([part.double().mean(1).sum() for part in parts.values()])

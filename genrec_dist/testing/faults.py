@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,16 +20,26 @@ class InjectedFault(BaseException):
 
 
 class FaultyTask:
-    """A training task that dies, or turns its loss to NaN, at one global step.
+    """A training task that dies, hangs, or turns its loss to NaN, at one global step.
 
     Args:
         task: the real task.
         crash_at: step whose batch raises `InjectedFault`.
         nan_at: step whose loss is multiplied by NaN.
+        hang_at: step whose batch never comes.
+        before: called with each step before its batch is made.
     """
 
-    def __init__(self, task, *, crash_at: int | None = None, nan_at: int | None = None) -> None:
-        self.task, self.crash_at, self.nan_at = task, crash_at, nan_at
+    def __init__(
+        self,
+        task,
+        *,
+        crash_at: int | None = None,
+        nan_at: int | None = None,
+        hang_at: int | None = None,
+        before: Callable[[int], None] | None = None,
+    ) -> None:
+        self.task, self.crash_at, self.nan_at, self.hang_at, self.before = task, crash_at, nan_at, hang_at, before
         self.model, self.order = task.model, _WatchedOrder(task.order, self)
         self.step = -1
         if nan_at is not None:
@@ -37,6 +48,10 @@ class FaultyTask:
     def batch(self, indices, worker: Worker) -> dict:
         if self.step == self.crash_at:
             raise InjectedFault(f"step {self.step}")
+        if self.before is not None:
+            self.before(self.step)
+        if self.step == self.hang_at:
+            stuck_for_ever()
         return self.task.batch(indices, worker)
 
     def validate(self, worker: Worker) -> dict[str, float]:
@@ -57,6 +72,12 @@ class _WatchedOrder:
     def batch(self, step: int):
         self.owner.step = step
         return self.order.batch(step)
+
+
+def stuck_for_ever() -> None:
+    """What a hang looks like: a function that does not return and that a stack should name."""
+    while True:
+        time.sleep(60)
 
 
 def truncate(path: Path, fraction: float = 0.5) -> None:

@@ -7,7 +7,7 @@ import json
 import torch
 
 from genrec_dist.errors import GenrecError, TrainingError
-from genrec_dist.training.launch import describe_error, rebuild_error
+from genrec_dist.training.attempts import describe_error, rebuild_error
 from genrec_dist.training.worker import Worker
 
 

@@ -12,7 +12,6 @@ neither gradients nor dropout depend on how the parts are shared out.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,19 +19,24 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from genrec_dist.artifacts.files import append_jsonl, write_atomic, write_json
+from genrec_dist.artifacts.tensors import save_tensors
 from genrec_dist.config import OptimConfig
 from genrec_dist.errors import DataError, TrainingError
 from genrec_dist.pipeline import StageContext
+from genrec_dist.training.cadence import Cadence
+from genrec_dist.training.checkpoint_folder import write_errors
 from genrec_dist.training.checkpoints import Checkpoints, State
 from genrec_dist.training.engine import Engine
 from genrec_dist.training.losses import LossMeter, NonFinite
 from genrec_dist.training.meter import Meter
 from genrec_dist.training.order import BatchOrder
+from genrec_dist.training.prefetch import Prefetcher
 from genrec_dist.training.sharded import ShardedEngine
+from genrec_dist.training.stopping import StopRequest
+from genrec_dist.training.watchdog import Watchdog
 from genrec_dist.training.worker import Worker
 
 MONITOR = "ndcg@10"
@@ -135,15 +139,18 @@ def train(
         monitor: validation metric that decides, higher is better.
         after_step: what else a step learns, given its number; on every worker, before any checkpoint of the step. Such
             a task, and one with sharded tables, takes its batches whole.
-        checkpoint_epochs: epochs between checkpoints, besides those by the clock.
+        checkpoint_epochs: epochs between checkpoints, besides those by clock and steps.
 
     Returns:
         Summary: steps, best step, best validation metric, seconds, whether it stopped early.
 
     Raises:
         TrainingError: the loss is not finite; nothing was updated by that step.
+        CheckpointError: a checkpoint could not be written; the ones before stay.
+        Preempted: the training was asked to stop; the checkpoint of its last step is written.
     """
-    checkpoints = Checkpoints(context.scratch / "checkpoints", context.runtime.keep_checkpoints)
+    runtime = context.runtime
+    checkpoints = Checkpoints(context.scratch / "checkpoints", runtime.keep_checkpoints, fingerprint=context.key)
     if worker.is_main:
         _keep_settings(engine, context)
     state, best = _restore(checkpoints, engine, context, worker)
@@ -152,58 +159,70 @@ def train(
     losses.start(state.step, state.losses)
     meter = Meter.start(task, config, worker, state.meter)
     whole_batches = after_step is not None or isinstance(engine, ShardedEngine)
-    parts = parts_of(worker, 0 if whole_batches else context.runtime.micro_batches)
+    parts = parts_of(worker, 0 if whole_batches else runtime.micro_batches)
     per_epoch = task.order.steps_per_epoch
     total = per_epoch * config.epochs
     log_every = max(1, min(100, per_epoch // 4))
-    saved = time.monotonic()
-    while state.step < total and not state.stopped:
-        engine.model.train()
-        indices = task.order.batch(state.step)
-        with meter.waiting():
-            batches = [task.batch(indices, part) for part in parts]
-        rate = learning_rate(config, state.step, total)
-        try:
-            engine.advance(batches, rate, losses, _seeding(parts, seed, state.step))
-            if after_step is not None:
-                after_step(state.step)
-            state.step += 1
-            meter.stepped(indices)
-            epoch_end = state.step % per_epoch == 0
-            if epoch_end or state.step % log_every == 0:
-                curves.add(
-                    split="train",
-                    step=state.step,
-                    epoch=round(state.step / per_epoch, 4),
-                    learning_rate=rate,
-                    **meter.read(),
-                    **losses.read(),
-                )
-                if worker.is_main:
-                    context.progress(
-                        state.step,
-                        total,
-                        "steps",
-                        epoch=round(state.step / per_epoch, 2),
-                        best=round(max(state.best, 0), 5),
+    cadence = Cadence(runtime.checkpoint_minutes, runtime.checkpoint_steps)
+    cadence.saved(state.step)
+
+    def make(step: int) -> tuple[Any, list]:
+        indices = task.order.batch(step)
+        return indices, [task.batch(indices, part) for part in parts]
+
+    with (
+        checkpoints,
+        Watchdog(context, worker) as watchdog,
+        StopRequest(context, worker) as stop,
+        Prefetcher(make, state.step, total, getattr(task, "prefetch_depth", 0)) as batches,
+    ):
+        while state.step < total and not state.stopped:
+            engine.model.train()
+            with meter.waiting():
+                indices, local = batches.get(state.step)
+            rate = learning_rate(config, state.step, total)
+            try:
+                engine.advance(local, rate, losses, _seeding(parts, seed, state.step))
+                if after_step is not None:
+                    after_step(state.step)
+                state.step += 1
+                watchdog.step_done(state.step)
+                meter.stepped(indices)
+                epoch_end = state.step % per_epoch == 0
+                if epoch_end or state.step % log_every == 0:
+                    curves.add(
+                        split="train",
+                        step=state.step,
+                        epoch=round(state.step / per_epoch, 4),
+                        learning_rate=rate,
+                        **meter.read(),
+                        **losses.read(),
                     )
-        except NonFinite as error:
-            raise _blame(error, task, per_epoch, context, worker) from None
-        if (epoch_end and (state.step // per_epoch) % config.evaluate_every == 0) or state.step == total:
-            with meter.validating():
-                best = _validate(task, engine, config, worker, state, best, curves, per_epoch, monitor)
-        due = context.runtime.checkpoint_minutes and now_is_due(saved, context.runtime.checkpoint_minutes)
-        if worker.world_size > 1:  # every worker must take part in gathering: worker 0's clock decides
-            due = bool(worker.broadcast(torch.tensor(float(due), device=worker.device)).item())
-        if due or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
-            with meter.saving():
-                _save(checkpoints, engine, worker, state, best, curves, losses, meter)
-            saved = time.monotonic()
+                    _say(context, worker, state, total, per_epoch)
+                validates = epoch_end and (state.step // per_epoch) % config.evaluate_every == 0
+                if validates or state.step == total:
+                    watchdog.beat("validation")
+                    with meter.validating():
+                        best = _validate(task, engine, config, watchdog.worker, state, best, curves, per_epoch, monitor)
+                due, stopping = _decide(worker, cadence, state.step, stop)
+                if due or stopping or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
+                    watchdog.beat("checkpoint")
+                    with meter.saving():
+                        _save(checkpoints, engine, worker, state, best, curves, losses, meter)
+                    cadence.saved(state.step)
+            except NonFinite as error:
+                raise _blame(error, task, per_epoch, context, worker) from None
+            if stopping:
+                checkpoints.wait()  # collective where tables are sharded: all parts are there before anyone leaves
+                worker.barrier()
+                stop.leave(state.step)
+            watchdog.beat("step")
     assert best is not None
     if isinstance(engine, ShardedEngine):  # its tables are the stage's to write, by owner
         engine.load_best(best)
     elif worker.is_main:
-        save_file(best, context.out / "model.safetensors")
+        with write_errors(context.out, sum(tensor.nbytes for tensor in best.values())):
+            save_tensors(best, context.out / "model.safetensors")
     worker.barrier()
     return {
         "steps": state.step,
@@ -215,8 +234,16 @@ def train(
     }
 
 
-def now_is_due(saved: float, minutes: float) -> bool:
-    return time.monotonic() - saved >= 60 * minutes
+def _decide(worker: Worker, cadence: Cadence, step: int, stop: StopRequest) -> tuple[bool, bool]:
+    """Whether a checkpoint is due and whether to stop: the same on all workers, as worker 0 has it."""
+    due, stopping = worker.tell([cadence.due(step), worker.is_main and stop.requested()])
+    return due, stopping
+
+
+def _say(context: StageContext, worker: Worker, state: LoopState, total: int, per_epoch: int) -> None:
+    if worker.is_main:
+        epoch, best = round(state.step / per_epoch, 2), round(max(state.best, 0), 5)
+        context.progress(state.step, total, "steps", epoch=epoch, best=best)
 
 
 def _keep_settings(engine: Engine | ShardedEngine, context: StageContext) -> None:
@@ -268,7 +295,7 @@ def _restore(
         engine.load_parts(files)
         best = engine.read_best(best_files) if best_files else None
     else:
-        found = checkpoints.latest()
+        found = checkpoints.latest(worker)
         _tell_skipped(checkpoints, context, worker)
         if found is None:
             return LoopState(), None
@@ -296,12 +323,13 @@ def _save(
 ) -> None:
     losses.refuse()
     state.curve_lines, state.losses, state.meter = curves.lines, losses.state(), meter.state()
+    checkpoints.wait()  # one copy of the state at a time
     full = engine.state()
     _refuse_poison(full, state.step)
     if isinstance(engine, ShardedEngine):
-        checkpoints.save_sharded(state.step, asdict(state), full, best, worker)
+        checkpoints.save_sharded(state.step, asdict(state), full, best, state.best_step, worker)
     elif worker.is_main:
-        checkpoints.save(state.step, asdict(state), full, best)
+        checkpoints.save(state.step, asdict(state), full, best, state.best_step)
 
 
 def _blame(error: NonFinite, task: Task, per_epoch: int, context: StageContext, worker: Worker) -> TrainingError:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from genrec_dist.catalog.dataset import Sequences
-from genrec_dist.training.spans import HoldoutSpans, Lengths, PrefixSpans, Spans, WindowSpans, cumulate, shared_tensor
+from genrec_dist.training.spans import HoldoutSpans, Lengths, PrefixSpans, Spans, WindowSpans, shared_tensor
 
 Indices = np.ndarray | torch.Tensor
 S = TypeVar("S", bound=Spans)
@@ -129,36 +129,6 @@ class HistorySamples(Gatherer[PrefixSpans | HoldoutSpans]):
         if isinstance(indices, np.ndarray):
             return int(self.spans.lengths(indices).max(initial=1))
         return self.spans.max_history
-
-    def gather_packed(self, indices: Indices, multiple: int = 1) -> dict[str, torch.Tensor]:
-        """One batch without padding: the histories' items one behind the other.
-
-        Args:
-            indices: samples. As a device's tensor their number of items has to be waited for.
-            multiple: T is raised to a multiple of it by item 0 in row B, at place 0, which `unpack` drops.
-
-        Shapes:
-            indices: (B,) int64, on the host or on the device.
-            returns: tokens (T,) int64; row (T,) int64, sample of the batch; place (T,) int64 in its history, 0 the
-                oldest; lengths (B,) int64; offsets (B + 1,) int64, first token of each history; target (B,) int64.
-        """
-        items, start, stop = self._where(indices)
-        lengths, rows = stop - start, _arange(len(start), start)
-        offsets: Any
-        if isinstance(lengths, torch.Tensor):
-            total = self.tokens_of(indices) if isinstance(indices, np.ndarray) else int(lengths.sum())
-            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-            row = rows.repeat_interleave(lengths, output_size=total)
-        else:
-            offsets = cumulate(lengths)
-            total, row = int(offsets[-1]), np.repeat(rows, lengths)
-        place = _arange(total, start) - offsets[row]
-        packed = {"tokens": self._widen(items[start[row] + place]), "row": self._finish(row)}
-        packed |= {"place": self._finish(place), "lengths": self._finish(lengths), "offsets": self._finish(offsets)}
-        if extra := -total % multiple:
-            for name, value in (("tokens", 0), ("row", len(start)), ("place", 0)):
-                packed[name] = torch.nn.functional.pad(packed[name], (0, extra), value=value)
-        return packed | {"target": self._widen(items[stop])}
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
         """Target items, (B,) int32, on the host."""

@@ -64,11 +64,6 @@ class PrefixBatches:
         pieces = [part for part in np.array_split(mine[order], parts) if len(part)] or [mine]
         return [self.samples.gather(part) | {"count": count} for part in pieces]
 
-    def packed(self, indices: Any, worker: Worker, multiple: int = 1) -> dict:
-        """This worker's rows without padding (see `HistorySamples.gather_packed`), and the global count."""
-        packed = self.samples.gather_packed(local_part(indices, worker), multiple)
-        return packed | {"count": len(indices) / worker.world_size}
-
     def target_items(self, indices: np.ndarray) -> np.ndarray:
         """Target items of a global batch."""
         return self.samples.targets(indices)
@@ -76,6 +71,11 @@ class PrefixBatches:
     def tokens_of(self, indices: Indices) -> int:
         """Items of the histories of a global batch."""
         return self.samples.tokens_of(indices)
+
+    @property
+    def prefetch_depth(self) -> int:
+        """Batches worth making ahead."""
+        return self.samples.prefetch_depth
 
 
 @dataclass
@@ -104,6 +104,11 @@ class RowBatches:
     def target_items(self, indices: np.ndarray) -> np.ndarray:
         """Target items of a global batch."""
         return self.samples.targets(indices)
+
+    @property
+    def prefetch_depth(self) -> int:
+        """Batches worth making ahead."""
+        return self.samples.prefetch_depth
 
     def tokens_of(self, indices: Indices) -> int:
         """Inputs of a global batch, as many as targets."""

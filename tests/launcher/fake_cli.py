@@ -20,6 +20,8 @@ from genrec_dist.config import Config
 from genrec_dist.errors import DataError
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.runs import RunFolder
+from genrec_dist.training.watchdog import Watchdog
+from genrec_dist.training.worker import Worker
 
 METRICS = {f"{metric}@{k}": k / 100 for metric in ("recall", "ndcg") for k in (5, 10, 20)}
 
@@ -52,6 +54,13 @@ def bug(context: StageContext) -> None:
     raise ZeroDivisionError("division by zero")
 
 
+def hangs(context: StageContext) -> None:
+    """A training in this process that makes three steps and then nothing."""
+    with Watchdog(context, Worker()) as watchdog:
+        watchdog.step_done(3)
+        time.sleep(60)
+
+
 def slow(context: StageContext) -> None:
     """Reports progress, leaves a checkpoint and waits to be stopped; goes on at once when it finds one."""
     if (context.scratch / "checkpoint").exists():
@@ -71,7 +80,7 @@ def takes_over_signals(context: StageContext) -> None:
     time.sleep(120)
 
 
-BUILDS = {f.__name__: f for f in (plain, noisy, data_error, bug, slow, takes_over_signals)}
+BUILDS = {f.__name__: f for f in (plain, noisy, data_error, bug, hangs, slow, takes_over_signals)}
 
 
 def build_stages(config: Config) -> list[Stage]:

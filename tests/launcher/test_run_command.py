@@ -126,6 +126,20 @@ def test_signals_end_a_run_with_their_own_code(cli, wait_for, name, number, code
     assert (status["state"], status["exit_code"]) == ("interrupted", code)
 
 
+def test_a_plain_training_that_hangs_ends_the_run(cli) -> None:
+    settings = ("--set", "runtime.backend=local", "--set", "runtime.hang_seconds=0.5")
+    done = cli("run", "a.yaml", "--name", "hangs", *settings)
+    assert done.returncode == 5
+    assert "training hung: no sign of life for 1 s" in done.stdout
+    stacks = cli.run_folder("hangs") / "logs" / "stacks-model-0.txt"
+    assert str(stacks) in done.stdout
+    assert "in hangs" in stacks.read_text()
+    last = cli.events("hangs")[-1]
+    assert (last["event"], last["exit_code"], last["type"]) == ("run_failed", 5, "WorkerHung")
+    status = json.loads(cli("status", "hangs", "--json").stdout)
+    assert (status["state"], status["exit_code"]) == ("failed", 5)
+
+
 def test_killed_run_continues_where_it_stopped(cli, wait_for) -> None:
     process = cli.start("run", "a.yaml", "--name", "slow")
     wait_for(cli.in_work)

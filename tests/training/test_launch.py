@@ -19,7 +19,8 @@ from genrec_dist.generator.stage import load_model, train_generator
 from genrec_dist.pipeline import StageContext
 from genrec_dist.testing.faults import exit_once, raise_data_error
 from genrec_dist.testing.tiny import tiny_embeddings, tiny_generator, tiny_sequences, tiny_trie, write_tiny_catalog
-from genrec_dist.training.launch import describe_error, launch, rebuild_error
+from genrec_dist.training.attempts import describe_error, rebuild_error
+from genrec_dist.training.launch import launch
 from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.worker import Worker, pick_device, plain_worker
 

@@ -92,14 +92,10 @@ def test_a_device_gathers_what_the_host_gathers(lengths, window, kind, data):
         assert host.gather(torch.from_numpy(chosen))["mask"].shape[1] == longest
         assert device.gather(chosen)["mask"].shape[1] == longest
         assert device.gather(torch.from_numpy(chosen))["mask"].shape[1] == window
-    kinds = [lambda samples, indices: samples.gather(indices, window)]
-    if kind != "row":
-        kinds += [lambda samples, indices: samples.gather_packed(indices, 4)]
-    for gather in kinds:
-        one = gather(host, chosen)
-        for indices in (chosen, torch.from_numpy(chosen)):
-            same_batch(one, gather(device, indices))
-            same_batch(one, gather(host, indices))
+    one = host.gather(chosen, window)
+    for indices in (chosen, torch.from_numpy(chosen)):
+        same_batch(one, device.gather(indices, window))
+        same_batch(one, host.gather(indices, window))
     assert host.tokens_of(chosen) == device.tokens_of(torch.from_numpy(chosen))
 
 
@@ -132,27 +128,6 @@ def test_memory_grows_with_users_not_with_interactions():
     assert holdout_samples(sequences, 20, "test", CPU)[0].items is items
     assert tracemalloc.get_traced_memory()[1] < 50_000  # an int32 a prefix would be 400 kB
     tracemalloc.stop()
-
-
-@settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(1, 6), st.integers(1, 7))
-def test_packed_batches_hold_the_items_alone(lengths, window, multiple):
-    samples = prefix_samples(sequences_of(lengths), window, CPU)
-    if not len(samples):
-        return
-    chosen = np.arange(len(samples))[::-2]
-    padded, packed = samples.gather(chosen, window), samples.gather_packed(chosen, multiple)
-    total = samples.tokens_of(chosen)
-    assert len(packed["tokens"]) == -(-total // multiple) * multiple
-    assert packed["tokens"][:total].tolist() == padded["history"][padded["mask"]].tolist()
-    row, place = (part.tolist() for part in padded["mask"].nonzero(as_tuple=True))
-    extra = len(packed["tokens"]) - total
-    assert packed["row"].tolist() == row + [len(chosen)] * extra
-    assert packed["place"].tolist() == place + [0] * extra
-    assert packed["tokens"][total:].tolist() == [0] * extra
-    assert packed["lengths"].tolist() == padded["mask"].sum(1).tolist()
-    assert packed["offsets"].tolist() == [0, *packed["lengths"].cumsum(0).tolist()]
-    assert torch.equal(packed["target"], padded["target"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -205,10 +180,6 @@ def test_workers_share_out_each_global_batch(buckets):
         pieces = batches.local_parts(indices, Worker(), 4)
         assert sorted(row for piece in pieces for row in rows(piece)) == sorted(rows(whole))
         assert all(piece["mask"][:, -1].any() and piece["count"] == whole["count"] for piece in pieces)
-        packed = [batches.packed(indices, Worker(rank, 3), multiple=8) for rank in range(3)]
-        assert [p["count"] for p in packed] == [part["count"] for part in parts]
-        assert all(len(p["tokens"]) % 8 == 0 for p in packed)
-        assert sum(int(p["lengths"].sum()) for p in packed) == batches.tokens_of(indices)
         assert whole["history"].shape[1] == whole["mask"].sum(1).max()  # no column of padding alone
 
 

@@ -147,7 +147,8 @@ class GptGenerator(nn.Module):
             hidden, item = hidden[valid], items[valid]
             depth = self.trie.depth[item]
         path = self.trie.item_path[item]
-        losses = code_losses(self.head, self.trie, hidden, path, depth, self.config.label_smoothing)
+        table = self.head.table(batch["count"]) if isinstance(self.head, ChildHead) else None
+        losses = code_losses(self.head, self.trie, hidden, path, depth, self.config.label_smoothing, table)
         total = torch.stack(losses).sum() / batch["count"]
         by_level = {f"loss_level_{level}": loss.detach() / batch["count"] for level, loss in enumerate(losses, 1)}
         return {"loss": total} | by_level

@@ -86,8 +86,11 @@ class ChildHead(nn.Module):
         self.nodes = nn.Embedding.from_pretrained(node_embeddings.clone(), freeze=False)
         self.query = nn.Linear(dim, node_embeddings.shape[1])
 
-    def table(self, rows: int) -> torch.Tensor | None:
+    def table(self, rows: float) -> torch.Tensor | None:
         """Embeddings of all nodes, at length 1 for cosines, where that is less than the children of so many rows.
+
+        Args:
+            rows: of the loss on a worker, the same on all.
 
         Shapes:
             returns: (num_nodes, N) float32.
@@ -175,14 +178,12 @@ def code_losses(
         path_BL: nodes of each item, one a level.
         depth_B: code length of each item.
         smoothing: share of the label that goes to all classes alike.
-        table: of a child head, where it is there already.
+        table: of a child head, `ChildHead.table`.
 
     Returns:
         One float32 scalar a level.
     """
     losses = []
-    if table is None and isinstance(head, ChildHead):
-        table = head.table(len(depth_B))
     for level in range(trie.max_depth):
         node = path_BL[:, level]
         parent = trie.parent[node] if level else torch.zeros_like(node)

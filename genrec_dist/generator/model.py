@@ -208,8 +208,8 @@ class Generator(nn.Module):
                 a list of such batches with the count of the whole, whose losses are added.
         """
         parts = batch.get("parts", [batch])
-        rows = sum(len(part["target"]) for part in parts)
-        table = self.head.table(rows) if isinstance(self.head, ChildHead) else None
+        # By the count, which all workers share: under ZeRO 3 they have to call the same modules.
+        table = self.head.table(parts[0]["count"]) if isinstance(self.head, ChildHead) else None
         losses = [self._losses(part, table) for part in parts]
         if len(losses) == 1:
             return losses[0]

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from genrec_dist.catalog.dataset import Sequences
 from genrec_dist.config import GeneratorConfig
 from genrec_dist.evaluation.generative import GenerativeRanker
 from genrec_dist.evaluation.replay import Batch, BatchRunner
@@ -31,7 +32,7 @@ from genrec_dist.generator.beam import BeamSearch, CodeGenerator, beam_search
 from genrec_dist.generator.model import Generator
 from genrec_dist.generator.search_tables import SearchTables
 from genrec_dist.identifiers.trie import build_trie
-from genrec_dist.training.samples import HistorySamples
+from genrec_dist.training.samples import HistorySamples, holdout_samples
 from genrec_dist.training.worker import Worker, setup_torch
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -80,10 +81,10 @@ def synthetic(args: argparse.Namespace) -> tuple[Generator, HistorySamples]:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)
     lengths = np.clip(rng.geometric(1 / 7, args.users) + 3, 4, 200)  # of Beauty: 5 and more, 8.9 on average
-    targets = np.cumsum(lengths) - 1
-    starts = np.maximum(targets - lengths + 1, targets - model.max_history)
-    items = rng.integers(args.items, size=lengths.sum())
-    return model, HistorySamples(*(torch.from_numpy(array).to(DEVICE) for array in (items, starts, targets)))
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    items = rng.integers(args.items, size=indptr[-1], dtype=np.int32)
+    sequences = Sequences(indptr, items, np.zeros(indptr[-1], np.int64), args.items)
+    return model, holdout_samples(sequences, model.max_history, "test", DEVICE)[0]
 
 
 def of_run(folder: Path) -> tuple[CodeGenerator, HistorySamples]:

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from genrec_dist.generator.fused_triton import kept
+
 LONGEST = 128
 """Queries and keys at most."""
 WIDTHS = (16, 32, 64, 128)
@@ -42,13 +44,6 @@ def _weights(
 
 
 @triton.jit
-def _kept(seed, pid, dropout, BQ: tl.constexpr, BS: tl.constexpr):
-    """1 / (1 - dropout) where a weight is kept, 0 elsewhere."""
-    place = pid * (BQ * BS) + tl.arange(0, BQ)[:, None] * BS + tl.arange(0, BS)[None, :]
-    return tl.where(tl.rand(tl.load(seed), place.to(tl.uint32), 7) >= dropout, 1.0 / (1.0 - dropout), 0.0)
-
-
-@triton.jit
 def _forward(
     q, k, v, mask, seed, out, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, num_heads, num_queries, num_keys, scale,
     dropout, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
@@ -61,7 +56,7 @@ def _forward(
     k_t = tl.load(k + b * k_b + h * k_h + cols[None, :] * k_s + e[:, None], cols[None, :] < num_keys, 0.0)
     weights = _weights(q_t, k_t, mask, pid, b, num_queries, num_keys, scale, HAS_MASK, CAUSAL, BQ, BS, PRECISION)
     if DROPS:
-        weights = weights * _kept(seed, pid, dropout, BQ, BS)
+        weights = weights * kept(seed, pid * BQ, dropout, BQ, BS)
     v_t = tl.load(v + b * v_b + h * v_h + cols[:, None] * v_s + e[None, :], cols[:, None] < num_keys, 0.0)
     found = tl.dot(weights.to(v_t.dtype), v_t, input_precision=PRECISION)
     place = ((b * num_queries + rows) * num_heads + h)[:, None] * E + e[None, :]
@@ -88,9 +83,9 @@ def _backward(
     to_weights = tl.dot(g_t, tl.trans(v_t), input_precision=PRECISION)
     dropped = weights
     if DROPS:
-        kept = _kept(seed, pid, dropout, BQ, BS)
-        dropped = weights * kept
-        to_weights = to_weights * kept
+        keep = kept(seed, pid * BQ, dropout, BQ, BS)
+        dropped = weights * keep
+        to_weights = to_weights * keep
     found_v = tl.dot(tl.trans(dropped).to(g_t.dtype), g_t, input_precision=PRECISION)
     to_scores = weights * (to_weights - tl.sum(weights * to_weights, 1)[:, None]) * scale
     found_q = tl.dot(to_scores.to(k_t.dtype), k_t, input_precision=PRECISION)

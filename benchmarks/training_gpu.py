@@ -26,6 +26,7 @@ from genrec_dist.config import OptimConfig, RuntimeConfig
 from genrec_dist.generator.gpt_stage import GptTask
 from genrec_dist.generator.stage import GeneratorTask
 from genrec_dist.pipeline import StageContext
+from genrec_dist.studies.sizes import ModelSize, training_memory
 from genrec_dist.testing.beauty_shape import beauty_generator, beauty_gpt, beauty_sequences
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.loop import train
@@ -72,6 +73,7 @@ def measure(worker: Worker, epochs: int, optim: dict, runtime: dict, **model) ->
         "epoch_seconds": min(b - a for a, b in pairwise(clock)) if len(clock) > 1 else float("nan"),
         "tokens_per_second": mean("tokens_per_second"),
         "mfu": mean("mfu"),
+        "held_gib": torch.cuda.memory_allocated() / 2**30,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
         "loss": lines[-1]["loss"] if lines else float("nan"),
         "parameters": sum(p.numel() for p in generator.parameters() if p.requires_grad),
@@ -156,10 +158,19 @@ def zero(worker: Worker, stages: list[int], per_gpu: int, layers: int) -> None:
     shape = WIDE | {"num_decoder_layers": layers}
     for stage in stages:
         optim = {"batch_size": per_gpu * worker.world_size, "length_buckets": 16}
-        found = measure(worker, 2, optim, {"engine": "deepspeed", "zero_stage": stage}, **shape)
-        sharded = 4 * (stage >= 3) + 4 * (stage >= 2) + 8 * (stage >= 1)
-        formula = found["parameters"] * (16 - sharded + sharded / worker.world_size) / 2**30
-        show(f"ZeRO {stage}, {worker.world_size} GPUs, {per_gpu} a GPU; states {formula:.2f} GiB", found, worker)
+        found = measure(worker, 3, optim, {"engine": "deepspeed", "zero_stage": stage}, **shape)
+        size = ModelSize({"all": found["parameters"]})
+        runtime = RuntimeConfig(num_workers=worker.world_size, zero_stage=stage)
+        kinds = training_memory(size, 0, runtime, zero=True)
+        states = sum(kinds.values()) / 2**30
+        held = (sum(kinds.values()) - kinds["gradients"]) / 2**30
+        show(
+            f"ZeRO {stage}, {worker.world_size} GPUs, {per_gpu} a GPU; by formula {states:.2f} GiB, {held:.2f} of it held "
+            f"between steps, measured {found['held_gib']:.2f}",
+            found,
+            worker,
+        )
+        torch.cuda.empty_cache()
 
 
 def main() -> None:

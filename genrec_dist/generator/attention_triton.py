@@ -17,7 +17,7 @@ import triton.language as tl
 
 from genrec_dist.generator.fused_triton import kept
 
-LONGEST = 128
+LONGEST = 64
 """Queries and keys at most."""
 WIDTHS = (16, 32, 64, 128)
 

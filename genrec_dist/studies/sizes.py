@@ -365,7 +365,8 @@ def training_memory(
         size: the model.
         per_worker: samples of a worker's batch.
         runtime: number of workers and ZeRO stage.
-        zero: the engine shards by ZeRO (DeepSpeed): stage 1 shards the moments, stage 2 the gradients too.
+        zero: the engine shards by ZeRO (DeepSpeed): stage 1 shards the moments and its own copy of the parameters,
+            stage 2 the gradients too, stage 3 the parameters too.
         by_owner: groups of values that are tables whose rows are shared out over graph partitions (halo rows come on
             top).
     """
@@ -373,10 +374,11 @@ def training_memory(
     workers = runtime.num_workers
     share = lambda groups: sum(-(-n // workers) if name in by_owner else n for name, n in groups.items())  # noqa: E731
     parameters, constants = share(size.parameters), share(size.constants)
+    copy = 1 if stage else 0
     return {
-        "parameters": FLOAT * parameters,
+        "parameters": FLOAT * parameters / (workers if stage >= 3 else 1),
         "gradients": FLOAT * parameters / (workers if stage >= 2 else 1),
-        "optimiser": 2 * FLOAT * parameters / (workers if stage >= 1 else 1),
+        "optimiser": (2 + copy) * FLOAT * parameters / (workers if stage >= 1 else 1),
         "constants": FLOAT * constants,
         "activations": FLOAT * size.activation_values * per_worker,
     }

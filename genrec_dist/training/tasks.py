@@ -18,6 +18,12 @@ from genrec_dist.training.samples import HistorySamples, Indices, RowSamples, pr
 from genrec_dist.training.worker import Worker
 
 WIDTH_STEP = 4
+"""Columns of batches on a GPU: few shapes, so few captured graphs and compiled kernels."""
+
+
+def _rounded(width: int, most: int, device: torch.device) -> int:
+    """Columns of a batch: on a GPU a multiple of `WIDTH_STEP`."""
+    return min(-(-width // WIDTH_STEP) * WIDTH_STEP, most) if device.type == "cuda" else width
 
 
 @dataclass
@@ -41,15 +47,12 @@ class PrefixBatches:
         return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets))
 
     def local(self, indices: Any, worker: Worker) -> dict:
-        """This worker's rows, cut to their longest history, and the global count over the workers.
-
-        On a GPU the width is a multiple of `WIDTH_STEP`: few shapes, so few captured graphs and compiled kernels.
-        """
+        """This worker's rows, cut to their longest history, and the global count over the workers."""
         mine = local_part(indices, worker)
         width = None
         if self.samples.device.type == "cuda" and isinstance(mine, np.ndarray):
             longest = int(self.samples.spans.lengths(mine).max(initial=1))
-            width = min(-(-longest // WIDTH_STEP) * WIDTH_STEP, self.samples.spans.max_history)
+            width = _rounded(longest, self.samples.spans.max_history, self.samples.device)
         return self.samples.gather(mine, width) | {"count": len(indices) / worker.world_size}
 
     def local_parts(self, indices: np.ndarray, worker: Worker, parts: int) -> list[dict]:
@@ -98,7 +101,7 @@ class RowBatches:
         mine = local_part(indices, worker)
         width = self.samples.width
         if self.order.buckets:
-            width = int(self.samples.lengths[mine].max(initial=1))
+            width = _rounded(int(self.samples.lengths[mine].max(initial=1)), width, self.samples.device)
         return self.samples.gather(mine, width) | {"count": float(self.tokens_of(indices)) / worker.world_size}
 
     def target_items(self, indices: np.ndarray) -> np.ndarray:

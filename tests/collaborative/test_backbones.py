@@ -111,7 +111,8 @@ def test_every_parameter_of_din_is_used(attention):
     din, table = make_din(attention, True), draw(NUM_ITEMS, DIM)
     history, mask = tiny_histories(8, NUM_ITEMS, LENGTH + 2)
     din.scores(table, history, mask, table).square().sum().backward()
-    assert [name for name, p in din.named_parameters() if p.grad is None or not p.grad.any()] == []
+    unused = {name for name, p in din.named_parameters() if p.grad is None or not p.grad.any()}
+    assert unused <= {"pool.bias"}  # a softmax does not see it: its gradient is zero, or rounding
 
 
 @pytest.mark.parametrize("input_norm", [False, True])

@@ -52,6 +52,7 @@ def measure(worker: Worker, epochs: int, optim: dict, runtime: dict, **model) ->
     config = OptimConfig(epochs=epochs, evaluate_every=epochs, patience=99, **optim)
     settings = RuntimeConfig(backend="local", num_workers=worker.world_size, checkpoint_minutes=0, **runtime)
     generator, task = make_task(config, worker, **model)
+    parameters = sum(p.numel() for p in generator.parameters() if p.requires_grad)  # ZeRO 3 leaves none here
     torch.cuda.reset_peak_memory_stats()
     engine = make_engine(generator, config, worker, settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +77,7 @@ def measure(worker: Worker, epochs: int, optim: dict, runtime: dict, **model) ->
         "held_gib": torch.cuda.memory_allocated() / 2**30,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
         "loss": lines[-1]["loss"] if lines else float("nan"),
-        "parameters": sum(p.numel() for p in generator.parameters() if p.requires_grad),
+        "parameters": parameters,
     }
 
 
@@ -158,15 +159,15 @@ def zero(worker: Worker, stages: list[int], per_gpu: int, layers: int) -> None:
     shape = WIDE | {"num_decoder_layers": layers}
     for stage in stages:
         optim = {"batch_size": per_gpu * worker.world_size, "length_buckets": 16}
-        found = measure(worker, 3, optim, {"engine": "deepspeed", "zero_stage": stage}, **shape)
+        found = measure(worker, 2, optim, {"engine": "deepspeed", "zero_stage": stage}, **shape)
         size = ModelSize({"all": found["parameters"]})
         runtime = RuntimeConfig(num_workers=worker.world_size, zero_stage=stage)
         kinds = training_memory(size, 0, runtime, zero=True)
         states = sum(kinds.values()) / 2**30
         held = (sum(kinds.values()) - kinds["gradients"]) / 2**30
         show(
-            f"ZeRO {stage}, {worker.world_size} GPUs, {per_gpu} a GPU; by formula {states:.2f} GiB, {held:.2f} of it held "
-            f"between steps, measured {found['held_gib']:.2f}",
+            f"ZeRO {stage}, {worker.world_size} GPUs, {per_gpu} a GPU; by formula {states:.2f} GiB, "
+            f"{held:.2f} of it held between steps, measured {found['held_gib']:.2f}",
             found,
             worker,
         )

@@ -69,14 +69,16 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path, engine, t
 
 
 @pytest.mark.parametrize("minutes", [EVERY_STEP, EVERY_EPOCH])
-def test_killed_anywhere(tmp_path, minutes):
-    whole = outcome(tmp_path / "whole", *run(tmp_path / "whole"))
+def test_killed_at_twenty_random_points(tmp_path, minutes):
+    """And at the first and the last step, and around the end of an epoch."""
+    whole = outcome(tmp_path / "whole", *run(tmp_path / "whole", epochs=8))
     steps = whole["summary"]["steps"]
-    for crash_at in {0, 1, steps // 3 - 1, steps // 3, steps // 3 + 1, steps - 1}:
+    drawn = np.random.default_rng(0).choice(steps, 20, replace=False).tolist()
+    for crash_at in {*drawn, 0, 1, steps // 8 - 1, steps // 8, steps // 8 + 1, steps - 1}:
         folder = tmp_path / f"killed-{crash_at}"
         with pytest.raises(InjectedFault):
-            run(folder, minutes=minutes, faults={"crash_at": crash_at})
-        assert outcome(folder, *run(folder, minutes=minutes)) == whole
+            run(folder, minutes=minutes, faults={"crash_at": crash_at}, epochs=8)
+        assert outcome(folder, *run(folder, minutes=minutes, epochs=8)) == whole
 
 
 def test_killed_again_and_again(tmp_path):

@@ -56,15 +56,17 @@ class PrefixBatches:
         return self.samples.gather(mine, width) | {"count": len(indices) / worker.world_size}
 
     def local_parts(self, indices: np.ndarray, worker: Worker, parts: int) -> list[dict]:
-        """`local` in parts of like length, each cut to its own longest history.
+        """`local` in parts of like length, each cut to its own longest history; so cut that padding is least.
 
         The sum of the parts' losses is the loss of the whole: `count` is that of the global batch. A processor is
-        faster by about the padding that is left out; a GPU is not, where small kernels leave it idle.
+        faster by about the padding that is left out; a GPU is not, where small kernels leave it idle. There are always
+        so many parts, if need be empty ones: all workers call the same modules.
         """
         mine = local_part(indices, worker)
-        order = np.argsort(self.samples.lengths[mine], kind="stable")
+        lengths = self.samples.lengths[mine]
+        order = np.argsort(lengths, kind="stable")
         count = len(indices) / worker.world_size
-        pieces = [part for part in np.array_split(mine[order], parts) if len(part)] or [mine]
+        pieces = np.split(mine[order], least_padding(lengths[order], parts))
         return [self.samples.gather(part) | {"count": count} for part in pieces]
 
     def target_items(self, indices: np.ndarray) -> np.ndarray:
@@ -79,6 +81,31 @@ class PrefixBatches:
     def prefetch_depth(self) -> int:
         """Batches worth making ahead."""
         return self.samples.prefetch_depth
+
+
+def least_padding(lengths: np.ndarray, parts: int) -> list[int]:
+    """Where to cut sorted rows into parts so that the parts, each as wide as its longest row, have fewest places.
+
+    Args:
+        lengths: ascending.
+        parts: number of parts; some are empty where there are fewer distinct lengths.
+
+    Shapes:
+        lengths: (n,) int64. Returns the first row of all parts but the first, ascending.
+    """
+    values, counts = np.unique(lengths, return_counts=True)
+    ends, wide = np.append(0, np.cumsum(counts)), np.append(0, values)
+    places = np.where(np.tri(len(ends), k=-1, dtype=bool), np.inf, (ends[None] - ends[:, None]) * wide[None])
+    cost, choices = np.append(0.0, np.full(len(values), np.inf)), []
+    for _ in range(parts):  # cost[j]: fewest places of the first j distinct lengths in the parts so far
+        tried = cost[:, None] + places
+        choices.append(tried.argmin(0))
+        cost = tried.min(0)
+    starts, stop = [], len(values)
+    for chosen in reversed(choices):
+        stop = int(chosen[stop])
+        starts.append(int(ends[stop]))
+    return starts[-2::-1]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from genrec_dist.catalog.dataset import Sequences
 from genrec_dist.testing.tiny import tiny_generator, tiny_sequences, tiny_trie
 from genrec_dist.training.samples import holdout_samples, prefix_samples, row_samples
-from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, uniform_negatives
+from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, least_padding, uniform_negatives
 from genrec_dist.training.worker import Worker
 
 CPU = torch.device("cpu")
@@ -179,7 +180,9 @@ def test_workers_share_out_each_global_batch(buckets):
         assert batches.tokens_of(indices) == whole["mask"].sum()
         pieces = batches.local_parts(indices, Worker(), 4)
         assert sorted(row for piece in pieces for row in rows(piece)) == sorted(rows(whole))
-        assert all(piece["mask"][:, -1].any() and piece["count"] == whole["count"] for piece in pieces)
+        assert len(pieces) == 4
+        assert all(piece["count"] == whole["count"] for piece in pieces)
+        assert all(piece["mask"][:, -1].any() for piece in pieces if len(piece["mask"]))
         assert whole["history"].shape[1] == whole["mask"].sum(1).max()  # no column of padding alone
 
 
@@ -243,3 +246,17 @@ def test_rows_of_like_length_are_cut_and_lose_nothing():
     (all_targets, all_places), (cut_targets, cut_places) = targets(whole), targets(cut)
     assert cut_targets == all_targets
     assert cut_places < 0.8 * all_places
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 5), max_size=9), st.integers(1, 4))
+def test_parts_are_cut_where_padding_is_least(lengths, parts):
+    lengths = np.sort(np.array(lengths, np.int64))
+
+    def places(cuts) -> int:
+        return sum(len(piece) * int(piece.max(initial=0)) for piece in np.split(lengths, cuts))
+
+    cuts = least_padding(lengths, parts)
+    assert len(cuts) == parts - 1
+    every = itertools.combinations_with_replacement(range(len(lengths) + 1), parts - 1)
+    assert places(cuts) == min(places(list(other)) for other in every)

@@ -120,7 +120,7 @@ def check_same_training(first, second) -> None:
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+@pytest.mark.parametrize("engine", [pytest.param("torch", marks=pytest.mark.slow), "deepspeed"])
 def test_two_processes_train_as_one(tmp_path, tiny_inputs, engine):
     train_in(tmp_path / "one", tiny_inputs, backend="local")
     train_in(tmp_path / "two", tiny_inputs, backend="local", num_workers=2, engine=engine)

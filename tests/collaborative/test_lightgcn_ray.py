@@ -31,6 +31,7 @@ def train(root: Path, name: str, runtime: RuntimeConfig) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_ray_and_torchrun_train_the_same(tmp_path, ray_session):
     catalog = write_tiny_catalog(tmp_path / "catalog", tiny_sequences(80, 40, seed=4))
     for name, build, settings in (

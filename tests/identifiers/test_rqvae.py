@@ -256,6 +256,7 @@ def test_an_artifact_depends_on_its_own_tokenizers_settings_only(tokenizer, keys
     assert sorted(stage.settings) == keys.split()
 
 
+@pytest.mark.slow
 def test_ray_train_gives_the_same_codes(tmp_path, folders, ray_session) -> None:
     """Two real Ray Train workers: the codes of one plain process."""
     config = section(collisions="nearest_free")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from genrec_dist.artifacts.reader import EmbeddingStore
 from genrec_dist.collaborative.lightgcn_stage import train_lightgcn

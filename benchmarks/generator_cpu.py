@@ -26,6 +26,7 @@ from genrec_dist.generator.search_tables import SearchTables
 from genrec_dist.identifiers.hierarchical import hierarchical_codes
 from genrec_dist.identifiers.kmeans import KMeansOptions
 from genrec_dist.identifiers.trie import Trie, build_trie
+from genrec_dist.testing.beauty_shape import random_trie
 
 CODES = 256
 
@@ -53,11 +54,7 @@ def make_trie(embeddings: np.ndarray, levels: int) -> Trie:
     """All items at one depth: balanced k-means for two levels, else random codes, no two alike."""
     if levels == 2:
         return build_trie(*hierarchical_codes(embeddings, CODES, options=KMeansOptions(3, balanced=True)))
-    rng, chosen = np.random.default_rng(0), set()
-    while len(chosen) < len(embeddings):
-        chosen.add(tuple(rng.integers(CODES, size=levels).tolist()))
-    codes = np.array(sorted(chosen), np.int32)
-    return build_trie(codes, np.full(len(codes), levels, np.int32))
+    return random_trie(len(embeddings), levels)
 
 
 @torch.no_grad()

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from genrec_dist.catalog.dataset import Catalog, Sequences
+from genrec_dist.catalog.dataset import Catalog
 from genrec_dist.config import GeneratorConfig, OptimConfig
 from genrec_dist.generator.model import Generator
-from genrec_dist.identifiers.trie import Trie, build_trie
+from genrec_dist.identifiers.trie import Trie
+from genrec_dist.testing.beauty_shape import NUM_CODES, beauty_sequences, random_trie
 from genrec_dist.training.engine import TorchEngine
 from genrec_dist.training.tasks import PrefixBatches
 from genrec_dist.training.worker import Worker
 
 DIM, HEADS, ENCODERS, DECODERS, DROPOUT, MAX_HISTORY = 128, 4, 1, 4, 0.1, 20
-NUM_CODES = 256
 CPU = torch.device("cpu")
 
 
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    sequences = Catalog(args.catalog).sequences if args.catalog else beauty_like()
+    sequences = Catalog(args.catalog).sequences if args.catalog else beauty_sequences()
     trie = random_trie(sequences.num_items, args.levels)
     plain, bucketed = (PrefixBatches.build(sequences, MAX_HISTORY, args.batch, 0, n, CPU) for n in (0, 32))
     variants = [Variant("T5", t5_step(trie), plain)]
@@ -113,22 +113,6 @@ class Variant:
             self.real, self.places = self.real + history, self.places + sum(p["mask"].numel() for p in parts)
         self.wall.append(tokens / (time.perf_counter() - wall))
         self.cpu.append(tokens / (time.process_time() - cpu))
-
-
-def beauty_like(num_users: int = 22_363, num_items: int = 12_101) -> Sequences:
-    """Uniform items, lengths with the minimum (5) and mean (8.9) of Amazon Beauty, geometric above it."""
-    rng = np.random.default_rng(0)
-    lengths = 4 + rng.geometric(1 / 4.9, num_users)
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    items = rng.integers(num_items, size=indptr[-1], dtype=np.int32)
-    return Sequences(indptr, items, np.zeros(indptr[-1], np.int64), num_items)
-
-
-def random_trie(num_items: int, levels: int) -> Trie:
-    """Distinct random codes, every item at the same depth."""
-    numbers = np.random.default_rng(1).choice(NUM_CODES**levels, num_items, replace=False)
-    codes = np.stack([numbers // NUM_CODES**level % NUM_CODES for level in reversed(range(levels))], 1)
-    return build_trie(codes.astype(np.int32), np.full(num_items, levels, np.int32))
 
 
 def our_step(trie: Trie, head: str) -> Step:

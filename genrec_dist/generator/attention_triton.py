@@ -24,7 +24,7 @@ WIDTHS = (16, 32, 64, 128)
 
 @triton.jit
 def _weights(
-    q, k, mask, pid, b, num_queries, num_keys, scale, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    q, k, mask, b, num_queries, num_keys, scale, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     BQ: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights (BQ, BS) of query rows (BQ, E) and keys (E, BS); rows without any key are zero."""
@@ -54,7 +54,7 @@ def _forward(
     rows, cols, e = tl.arange(0, BQ), tl.arange(0, BS), tl.arange(0, E)
     q_t = tl.load(q + b * q_b + h * q_h + rows[:, None] * q_s + e[None, :], rows[:, None] < num_queries, 0.0)
     k_t = tl.load(k + b * k_b + h * k_h + cols[None, :] * k_s + e[:, None], cols[None, :] < num_keys, 0.0)
-    weights = _weights(q_t, k_t, mask, pid, b, num_queries, num_keys, scale, HAS_MASK, CAUSAL, BQ, BS, PRECISION)
+    weights = _weights(q_t, k_t, mask, b, num_queries, num_keys, scale, HAS_MASK, CAUSAL, BQ, BS, PRECISION)
     if DROPS:
         weights = weights * kept(seed, pid * BQ, dropout, BQ, BS)
     v_t = tl.load(v + b * v_b + h * v_h + cols[:, None] * v_s + e[None, :], cols[:, None] < num_keys, 0.0)
@@ -77,9 +77,7 @@ def _backward(
     k_t = tl.load(k + b * k_b + h * k_h + cols[:, None] * k_s + e[None, :], here_k, 0.0)
     v_t = tl.load(v + b * v_b + h * v_h + cols[:, None] * v_s + e[None, :], here_k, 0.0)
     g_t = tl.load(grad + b * g_b + h * g_h + rows[:, None] * g_s + e[None, :], here_q, 0.0)
-    weights = _weights(
-        q_t, tl.trans(k_t), mask, pid, b, num_queries, num_keys, scale, HAS_MASK, CAUSAL, BQ, BS, PRECISION
-    )
+    weights = _weights(q_t, tl.trans(k_t), mask, b, num_queries, num_keys, scale, HAS_MASK, CAUSAL, BQ, BS, PRECISION)
     to_weights = tl.dot(g_t, tl.trans(v_t), input_precision=PRECISION)
     dropped = weights
     if DROPS:

@@ -54,6 +54,16 @@ def beauty_trie(seed: int = 0) -> Trie:
     return build_trie(codes, depth)
 
 
+def random_trie(num_items: int, levels: int, seed: int = 0) -> Trie:
+    """Distinct random codes of 256 values, every item at the same depth."""
+    rng, chosen = np.random.default_rng(seed), np.zeros(0, np.int64)
+    while len(chosen) < num_items:
+        chosen = np.unique(np.append(chosen, rng.integers(NUM_CODES**levels, size=num_items)))
+    numbers = rng.permutation(chosen)[:num_items]
+    codes = np.stack([numbers // NUM_CODES**level % NUM_CODES for level in reversed(range(levels))], 1)
+    return build_trie(codes, np.full(num_items, levels))
+
+
 def beauty_generator(optim: OptimConfig, seed: int = 0, **settings) -> Generator:
     """A generator with fresh weights over that tree; integrated embeddings of width 256."""
     torch.manual_seed(seed)
@@ -65,7 +75,4 @@ def beauty_generator(optim: OptimConfig, seed: int = 0, **settings) -> Generator
 def beauty_gpt(optim: OptimConfig, seed: int = 0, **settings) -> GptGenerator:
     """A decoder-only generator with fresh weights over random codes of four levels."""
     torch.manual_seed(seed)
-    drawn = np.unique(np.random.default_rng(seed).integers(0, NUM_CODES**4, 2 * NUM_ITEMS))[:NUM_ITEMS]
-    codes = np.stack([drawn // NUM_CODES**level % NUM_CODES for level in range(4)], 1)
-    trie = build_trie(codes, np.full(NUM_ITEMS, 4))
-    return GptGenerator(GptConfig.model_validate({"optim": optim} | settings), trie)
+    return GptGenerator(GptConfig.model_validate({"optim": optim} | settings), random_trie(NUM_ITEMS, 4, seed))

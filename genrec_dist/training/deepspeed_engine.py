@@ -22,11 +22,13 @@ from genrec_dist.training.engine import (
     MOMENTS,
     State,
     StepByParts,
+    as_model,
     autocast,
     buffer_state,
     load_buffers,
     load_torch_state,
     make_optimizer,
+    model_state,
     named_trained,
     precision_of,
     set_learning_rate,
@@ -115,12 +117,10 @@ class DeepSpeedEngine(StepByParts):
 
     def step(self, learning_rate: float) -> None:
         set_learning_rate(self.optimizer, learning_rate)
-        if self.scale and not self.zero_stage:
-            gradients = [p.grad for _, p in named_trained(self.model) if p.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.scale.value)
-            if not self.scale.update(bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum()))):
-                self.engine.zero_grad()
-                return
+        gradients = [p.grad for _, p in named_trained(self.model) if p.grad is not None]
+        if self.scale and not self.zero_stage and not self.scale.unscale(gradients):
+            self.engine.zero_grad()
+            return
         self.engine.step()
         if self.scale and self.zero_stage:
             self.scale.update(not self.optimizer.overflow)
@@ -133,15 +133,22 @@ class DeepSpeedEngine(StepByParts):
 
         return _whole(deepspeed.zero.GatheredParameters(list(self.model.parameters())), self.model)
 
+    def best(self) -> State:
+        if not self.zero_stage:
+            return model_state(self.model)
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole = {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named_trained(self.model)}
+        return buffer_state(self.model) | whole
+
     def state(self) -> State:
         scale = self.scale.state() if self.scale else {}
         if not self.zero_stage:
             return torch_state(self.model, self._base) | scale
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-        state: State = buffer_state(self.model)
+        state = as_model(self.best())
         for name, p in named_trained(self.model):
-            state[f"model/{name}"] = safe_get_full_fp32_param(p).detach().cpu().clone()
             for moment in MOMENTS:
                 state[f"{moment}/{name}"] = safe_get_full_optimizer_state(p, moment).detach().cpu().clone()
         step = next(iter(self._base.state.values()))["step"]

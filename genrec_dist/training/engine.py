@@ -8,6 +8,7 @@ name), so a checkpoint written under one engine, ZeRO stage or world size loads 
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -45,11 +46,16 @@ class Engine(Protocol):
         """Parameters and persistent buffers ('model/...'), moments ('exp_avg/...', 'exp_avg_sq/...') and 'step', on the
         CPU."""
 
+    def best(self) -> State:
+        """What a validation that was the best so far is of: parameters and persistent buffers, on the CPU."""
+
     def load(self, state: State) -> None: ...
 
 
-class StepByParts:
+class StepByParts(ABC):
     """`advance` out of forward, backward and step, for engines whose host looks at each loss."""
+
+    last_part = True
 
     def advance(
         self, batches: Sequence[Any], learning_rate: float, meter: LossMeter, begin: Callable[[int], None]
@@ -68,15 +74,19 @@ class StepByParts:
 
     def begin_part(self, last: bool) -> None:
         """Called before each part of a batch."""
+        self.last_part = last
 
+    @abstractmethod
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        """Losses of a part."""
 
+    @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
-        raise NotImplementedError
+        """Add its gradients to those of the parts before."""
 
+    @abstractmethod
     def step(self, learning_rate: float) -> None:
-        raise NotImplementedError
+        """Update, and forget the gradients."""
 
     def whole(self) -> contextlib.AbstractContextManager:
         """See `Engine`: they always do."""
@@ -163,12 +173,8 @@ class TorchEngine(StepByParts):
         self.optimizer = make_optimizer(model.parameters(), config, on_device)
         self.parameters = [p for _, p in named_trained(model)]
         self.scale = LossScale.of(precision_of(config, worker.device))
-        self._last = True
         for tensor in model.state_dict().values():
             worker.broadcast(tensor)
-
-    def begin_part(self, last: bool) -> None:
-        self._last = last
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         with autocast(self.config, self.worker.device):
@@ -176,24 +182,19 @@ class TorchEngine(StepByParts):
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss * self.scale.value if self.scale else loss).backward()
-        if self._last:
+        if self.last_part:
             average_gradients(self.parameters, self.worker)
 
     def step(self, learning_rate: float) -> None:
         set_learning_rate(self.optimizer, learning_rate)
-        if self._unscaled():
+        if self.scale is None or self.scale.unscale([p.grad for p in self.parameters if p.grad is not None]):
             if self.config.clip_norm:
                 nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _unscaled(self) -> bool:
-        """Take the loss scale out of the gradients; False where they overflowed and the step has to be left out."""
-        if self.scale is None:
-            return True
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, 1 / self.scale.value)
-        return self.scale.update(bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())))
+    def best(self) -> State:
+        return model_state(self.model)
 
     def state(self) -> State:
         return torch_state(self.model, self.optimizer) | (self.scale.state() if self.scale else {})
@@ -205,21 +206,30 @@ class TorchEngine(StepByParts):
 
 
 def buffer_state(model: nn.Module) -> State:
-    """Persistent buffers, on the CPU."""
-    return {f"model/{name}": value.detach().cpu().clone() for name, value in _buffers(model).items()}
+    """Persistent buffers by name, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in _buffers(model).items()}
+
+
+def model_state(model: nn.Module) -> State:
+    """Trained parameters and persistent buffers of a model that lies here whole, by name, on the CPU."""
+    return buffer_state(model) | {name: p.detach().cpu().clone() for name, p in named_trained(model)}
+
+
+def as_model(tensors: State) -> State:
+    """Names as they are in a state."""
+    return {f"model/{name}": tensor for name, tensor in tensors.items()}
 
 
 def load_buffers(model: nn.Module, state: State) -> None:
-    """What `buffer_state` gave, into the model."""
+    """Persistent buffers of a state into the model."""
     for name, value in _buffers(model).items():
         value.copy_(state[f"model/{name}"])
 
 
 def torch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """Canonical state of a model and an optimiser that both lie here whole."""
-    state: State = buffer_state(model)
+    state = as_model(model_state(model))
     for name, p in named_trained(model):
-        state[f"model/{name}"] = p.detach().cpu().clone()
         slot = optimizer.state.get(p)
         if slot:
             for moment in MOMENTS:

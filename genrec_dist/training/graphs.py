@@ -167,7 +167,7 @@ class GraphEngine(TorchEngine):
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
-        if self.worker.world_size > 1 and self._last:
+        if self.worker.world_size > 1 and self.last_part:
             self.worker.sum(self.flat).div_(self.worker.world_size)
 
     def load(self, state: dict[str, torch.Tensor]) -> None:

@@ -372,10 +372,7 @@ def _validate(
     curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **metrics)
     if metrics[monitor] > state.best or best is None:
         state.best, state.best_step, state.waited = metrics[monitor], state.step, 0
-        if isinstance(engine, ShardedEngine):
-            return engine.best()
-        full = engine.state()
-        return {name[6:]: value for name, value in full.items() if name.startswith("model/")}
+        return engine.best()
     state.waited += 1
     state.stopped = state.waited >= config.patience
     return best

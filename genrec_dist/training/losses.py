@@ -120,6 +120,11 @@ class LossScale:
         """A scale where the type of products needs one."""
         return cls() if dtype == torch.float16 else None
 
+    def unscale(self, gradients: list[torch.Tensor]) -> bool:
+        """Take the scale out of gradients, in place; False where they overflowed and the step has to be left out."""
+        torch._foreach_mul_(gradients, 1 / self.value)
+        return self.update(bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())))
+
     def update(self, finite: bool) -> bool:
         """Take note of a step's gradients; returns `finite`."""
         self.good = self.good + 1 if finite else 0

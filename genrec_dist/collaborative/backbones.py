@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genrec_dist.generator.transformer import EncoderLayer, init_weights
+from genrec_dist.generator.transformer import AddNorm, EncoderLayer, init_weights
 
 
 def recency(mask_BL: torch.Tensor) -> torch.Tensor:
@@ -107,17 +107,17 @@ class SasRec(nn.Module):
         self.position = nn.Embedding(max_history, dim)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(dim, num_heads, 4, dropout) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = AddNorm(dim)
         self.apply(init_weights)
 
     def states(self, table_ND: torch.Tensor, history_BL: torch.Tensor) -> torch.Tensor:
         """User state after each place, (B, L, D). Right padding needs no mask: no real place looks at it."""
         length = history_BL.shape[1]
         x_BLD = table_ND[history_BL] + self.position(torch.arange(length, device=table_ND.device))
-        x_BLD = self.dropout(self.input_norm(x_BLD))
+        x_BLD, branch = self.dropout(self.input_norm(x_BLD)), None
         for layer in self.layers:
-            x_BLD = layer(x_BLD, None, causal=True)
-        return self.norm(x_BLD)
+            x_BLD, branch = layer(x_BLD, branch, None, True)
+        return self.norm.after(x_BLD, branch, self.dropout.p)[1]
 
     def user(self, table_ND: torch.Tensor, history_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """State after the newest item, (B, D)."""

@@ -121,7 +121,7 @@ class GptGenerator(nn.Module):
         """State that predicts each code of each item, (B, n, L, D): it sees BOS and all codes before."""
         x_BTD, branch = self.dropout(self._sequence(items_Bn)[:, :-1]), None
         for layer in self.layers:
-            x_BTD, branch, _ = cast(CausalLayer, layer).step(x_BTD, branch)
+            x_BTD, branch = layer(x_BTD, branch)
         return self.norm.after(x_BTD, branch, self.config.dropout)[1].unflatten(
             1, (items_Bn.shape[1], self.trie.max_depth)
         )
@@ -163,7 +163,7 @@ class GptGenerator(nn.Module):
         """
         x_BTD, keys = self._sequence(history_BS), []
         for layer in self.layers:
-            x_BTD, own = layer(x_BTD)
+            x_BTD, own = cast(CausalLayer, layer).begin(x_BTD)
             keys.append(own)
         num_items = mask_BS.sum(1)
         newest = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), num_items * self.trie.max_depth]

@@ -28,7 +28,7 @@ from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHea
 from genrec_dist.generator.transformer import AddNorm, DecoderLayer, EncoderLayer, KeyValue, init_weights
 from genrec_dist.identifiers.trie import Trie
 
-Memory = tuple[list[KeyValue | torch.Tensor], torch.Tensor]
+Memory = tuple[list[KeyValue], torch.Tensor]
 CATALOG_LOGITS = 1 << 28
 """Logits of the distillation token over the catalog that are made at once, at most."""
 
@@ -99,14 +99,18 @@ class Generator(nn.Module):
     # Encoder
 
     def encode(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> Memory:
-        """Keys and values of every decoder layer over the encoded history, and their mask (B, 1, 1, S)."""
+        """For search: keys and values of every decoder layer over the encoded history, and their mask (B, 1, 1, S)."""
+        x_BSD, mask = self._encoded(history_BS, mask_BS)
+        return [cast(DecoderLayer, layer).cross_attention.project(x_BSD) for layer in self.decoder], mask
+
+    def _encoded(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States of the history (B, S, D), and their mask (B, 1, 1, S)."""
         x_BSD, mask_BS = self._source(history_BS, mask_BS)
         mask = mask_BS[:, None, None, :]
         x_BSD, branch = self.dropout(self.source_norm(x_BSD)), None
         for layer in self.encoder:
-            x_BSD, branch = cast(EncoderLayer, layer).step(x_BSD, branch, mask)
-        _, x_BSD = self.encoder_norm.after(x_BSD, branch, self.config.dropout)
-        return [cast(DecoderLayer, layer).cross_attention.own(x_BSD) for layer in self.decoder], mask
+            x_BSD, branch = layer(x_BSD, branch, mask)
+        return self.encoder_norm.after(x_BSD, branch, self.config.dropout)[1], mask
 
     def _source(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         place = self.position(recency(mask_BS))
@@ -139,16 +143,22 @@ class Generator(nn.Module):
         memory: Memory,
         cache: list[KeyValue] | None = None,
         beams: int = 1,
-    ) -> tuple[torch.Tensor, list[Any]]:
-        """Decoder states of input embeddings (positions already added), and the grown cache."""
+    ) -> tuple[torch.Tensor, list[KeyValue]]:
+        """For search: decoder states of input embeddings (positions already added), and the grown cache."""
         keys, mask = memory
-        grown, branch = [], None
-        x_BTD = self.dropout(x_BTD)
+        grown = []
         for i, layer in enumerate(self.decoder):
             before = cache[i] if cache is not None else None
-            x_BTD, branch, kv = cast(DecoderLayer, layer).step(x_BTD, branch, keys[i], mask, before, beams)
-            grown.append(kv)
-        return self.decoder_norm.after(x_BTD, branch, self.config.dropout)[1], grown
+            x_BTD, own = cast(DecoderLayer, layer).extend(x_BTD, keys[i], mask, before, beams)
+            grown.append(own)
+        return self.decoder_norm(x_BTD), grown
+
+    def _decoded(self, x_BTD: torch.Tensor, source_BSD: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Decoder states behind the encoder's."""
+        x_BTD, branch = self.dropout(x_BTD), None
+        for layer in self.decoder:
+            x_BTD, branch = layer(x_BTD, branch, source_BSD, mask)
+        return self.decoder_norm.after(x_BTD, branch, self.config.dropout)[1]
 
     def begin(
         self, history_BS: torch.Tensor, mask_BS: torch.Tensor
@@ -217,7 +227,7 @@ class Generator(nn.Module):
 
     def _losses(self, batch: dict, table: torch.Tensor | None) -> dict[str, torch.Tensor]:
         config, target = self.config, batch["target"]
-        memory = self.encode(batch["history"], batch["mask"])
+        source_BSD, mask = self._encoded(batch["history"], batch["mask"])
         path_BL, depth_B = self.trie.item_path[target], self.trie.depth[target]
         at_end = self.dense_token == "end"
         # Nothing is read off the state at the last code unless a token stands behind it.
@@ -228,7 +238,7 @@ class Generator(nn.Module):
             x_BTD = torch.cat([x_BTD, x_BTD.new_zeros(len(target), 1, x_BTD.shape[2])], 1)
             place = (depth_B + 1)[:, None] == torch.arange(x_BTD.shape[1], device=target.device)
             x_BTD = torch.where(place[..., None], self.dis_token().to(x_BTD.dtype), x_BTD)
-        hidden, _ = self.decode(x_BTD, memory)
+        hidden = self._decoded(x_BTD, source_BSD, mask)
         bos = inputs[0].shape[1] - 1
         by_level = code_losses(self.head, self.trie, hidden[:, bos:], path_BL, depth_B, config.label_smoothing, table)
         loss_gen = torch.stack(by_level).sum() / batch["count"]

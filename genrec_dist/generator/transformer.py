@@ -7,8 +7,7 @@ Source: Vaswani et al. (2017); pre-norm as in Xiong et al. (2020).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -187,9 +186,12 @@ class FeedForward(nn.Sequential):
 class _Layer(nn.Module):
     """What the layers share: pre-norm, and a last branch that the next norm adds.
 
-    `step` takes a state and a branch that is not added yet and returns both anew, so that sum, dropout and norm are one
-    kernel where that pays; `forward` adds at once.
+    A call takes a state and a branch that is not added yet and returns both anew, so that sum, dropout and norm are one
+    kernel where that pays. It is the training pass and needs nothing but its arguments and the layer's own parameters:
+    an engine may bring them at the call and take them away behind it. The methods for search find them in place.
     """
+
+    recomputes = False
 
     def _add_feed_forward(self, dim: int, multiplier: int, dropout: float) -> None:
         self.ffn_norm = AddNorm(dim)
@@ -199,6 +201,16 @@ class _Layer(nn.Module):
     def _feed(self, x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, normed = self.ffn_norm.after(x, branch, self.dropout.p)
         return x, self.ffn(normed)
+
+    def carry(self, x: torch.Tensor, branch: torch.Tensor | None, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """State and branch behind the layer."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor | None, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`carry`, whose activations are kept or, after `checkpoint_activations`, computed again."""
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return checkpoint(self.carry, x, branch, *args, use_reentrant=False)
+        return self.carry(x, branch, *args)
 
 
 class _SelfAttentionLayer(_Layer):
@@ -214,17 +226,12 @@ class _SelfAttentionLayer(_Layer):
 class EncoderLayer(_SelfAttentionLayer):
     """Every place attends to all places that the mask allows."""
 
-    def step(
+    def carry(
         self, x_BSD: torch.Tensor, branch: torch.Tensor | None, mask: torch.Tensor | None, causal: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer, see `_Layer`."""
+        """See `_Layer`."""
         x_BSD, normed = self.attention_norm.after(x_BSD, branch, self.dropout.p)
         return self._feed(x_BSD, self.attention(normed, self.attention.own(normed), mask, causal))
-
-    def forward(self, x_BSD: torch.Tensor, mask: torch.Tensor | None, causal: bool = False) -> torch.Tensor:
-        """One layer."""
-        x_BSD, branch = self.step(x_BSD, None, mask, causal)
-        return x_BSD + self.dropout(branch)
 
 
 class DecoderLayer(_Layer):
@@ -238,69 +245,62 @@ class DecoderLayer(_Layer):
         self.cross_attention = Attention(dim, num_heads, dropout)
         self._add_feed_forward(dim, multiplier, dropout)
 
-    def step(
-        self,
-        x_BQD: torch.Tensor,
-        branch: torch.Tensor | None,
-        memory: KeyValue | torch.Tensor,
-        memory_mask: torch.Tensor,
-        cache: KeyValue | None = None,
-        beams: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor, KeyValue | torch.Tensor]:
-        """One layer, see `_Layer` and `forward`."""
-        x_BQD, normed = self.self_norm.after(x_BQD, branch, self.dropout.p)
-        own = self.self_attention.own(normed)
-        if cache is not None:
-            own = torch.cat([cache[0], own[0]], 2), torch.cat([cache[1], own[1]], 2)
-        attended = self.self_attention(normed, own, causal=normed.shape[1] > 1)
-        x_BQD, normed = self.cross_norm.after(x_BQD, attended, self.dropout.p)
-        # Beams of a user become query positions of one row: the memory is never copied.
-        batch, length, dim = x_BQD.shape
-        normed = normed.view(batch // beams, beams * length, dim)
-        crossed = self.cross_attention(normed, memory, memory_mask).view(batch, length, dim)
-        return *self._feed(x_BQD, crossed), own
+    def carry(
+        self, x_BTD: torch.Tensor, branch: torch.Tensor | None, source_BSD: torch.Tensor, source_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `_Layer`; the source is the encoder's states."""
+        memory = self.cross_attention.own(source_BSD)
+        x_BTD, normed = self.self_norm.after(x_BTD, branch, self.dropout.p)
+        attended = self.self_attention(normed, self.self_attention.own(normed), causal=normed.shape[1] > 1)
+        x_BTD, normed = self.cross_norm.after(x_BTD, attended, self.dropout.p)
+        return self._feed(x_BTD, self.cross_attention(normed, memory, source_mask))
 
-    def forward(
+    def extend(
         self,
         x_BQD: torch.Tensor,
-        memory: KeyValue | torch.Tensor,
+        memory: KeyValue,
         memory_mask: torch.Tensor,
         cache: KeyValue | None = None,
         beams: int = 1,
-    ) -> tuple[torch.Tensor, KeyValue | torch.Tensor]:
-        """One layer.
+    ) -> tuple[torch.Tensor, KeyValue]:
+        """States of further places, and the grown self-attention cache.
 
         Args:
             x_BQD: decoder states; with `beams` W > 1 the batch is users x beams, beams of a user consecutive.
-            memory: keys and values of the encoder, one a user, shared by its beams.
+            memory: keys and values of the encoder's states, one a user, shared by its beams.
             memory_mask: (users, 1, 1, S) bool, True at items.
-            cache: keys and values of earlier positions; the new ones are appended. Not in training.
+            cache: keys and values of earlier positions; the new ones are appended.
             beams: W.
-
-        Returns:
-            States and the grown self-attention cache.
         """
-        x_BQD, branch, own = self.step(x_BQD, None, memory, memory_mask, cache, beams)
-        return x_BQD + self.dropout(branch), own
+        normed = self.self_norm(x_BQD)
+        key, value = self.self_attention.project(normed)
+        if cache is not None:
+            key, value = torch.cat([cache[0], key], 2), torch.cat([cache[1], value], 2)
+        x_BQD = x_BQD + self.dropout(self.self_attention(normed, (key, value), causal=normed.shape[1] > 1))
+        # Beams of a user become query positions of one row: the memory is never copied.
+        batch, length, dim = x_BQD.shape
+        normed = self.cross_norm(x_BQD).view(batch // beams, beams * length, dim)
+        crossed = self.cross_attention(normed, memory, memory_mask).view(batch, length, dim)
+        x_BQD, branch = self._feed(x_BQD, crossed)
+        return x_BQD + self.dropout(branch), (key, value)
 
 
 class CausalLayer(_SelfAttentionLayer):
     """Causal, over a whole sequence or behind a shared prefix."""
 
-    def step(
-        self, x_BSD: torch.Tensor, branch: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, KeyValue | torch.Tensor]:
-        """One layer over a sequence from its start, see `_Layer` and `forward`."""
-        x_BSD, normed = self.attention_norm.after(x_BSD, branch, self.dropout.p)
-        own = self.attention.own(normed)
-        return *self._feed(x_BSD, self.attention(normed, own, causal=True)), own
-
-    def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, KeyValue | torch.Tensor]:
-        """States of a sequence from its start, and the keys and values that later places need.
+    def carry(self, x_BSD: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `_Layer`; a sequence from its start.
 
         Right padding needs no mask: no real place looks at it.
         """
-        x_BSD, branch, own = self.step(x_BSD, None)
+        x_BSD, normed = self.attention_norm.after(x_BSD, branch, self.dropout.p)
+        return self._feed(x_BSD, self.attention(normed, self.attention.own(normed), causal=True))
+
+    def begin(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, KeyValue]:
+        """States of a sequence from its start, and the keys and values that later places need."""
+        normed = self.attention_norm(x_BSD)
+        own = self.attention.project(normed)
+        x_BSD, branch = self._feed(x_BSD, self.attention(normed, own, causal=True))
         return x_BSD + self.dropout(branch), own
 
     def extend(
@@ -321,20 +321,18 @@ class CausalLayer(_SelfAttentionLayer):
         return x_BQD + self.dropout(branch), (key, value)
 
 
+def transformer_layers(model: nn.Module) -> dict[str, _Layer]:
+    """The Transformer layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Layer)}
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Make the Transformer layers of a model keep their inputs only, and compute the rest again in the backward pass.
 
     Dropout draws the same numbers again. Layers used in search or evaluation are not changed by it.
     """
-    for layer in model.modules():
-        if isinstance(layer, EncoderLayer | DecoderLayer | CausalLayer):
-            layer.step = partial(_recomputed, layer, layer.step)  # type: ignore[method-assign]
-
-
-def _recomputed(layer: nn.Module, step: Callable, *args: Any, **kwargs: Any) -> Any:
-    if not (layer.training and torch.is_grad_enabled()):
-        return step(*args, **kwargs)
-    return checkpoint(step, *args, use_reentrant=False, **kwargs)
+    for layer in transformer_layers(model).values():
+        layer.recomputes = True
 
 
 def init_weights(module: nn.Module) -> None:

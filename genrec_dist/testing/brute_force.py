@@ -67,7 +67,7 @@ class BruteForce:
                 rows += [self.code_token(prefix) + position for prefix in self.path(item)]
         x = model.source_norm(torch.stack(rows)[None])
         for layer in model.encoder:
-            x = layer(x, None)
+            x = sum(layer(x, None, None))
         return model.encoder_norm(x)
 
     def states(self, history: list[int], item: int) -> torch.Tensor:
@@ -81,7 +81,7 @@ class BruteForce:
         memory = self.memory(history)
         everything = torch.ones(1, 1, 1, memory.shape[1], dtype=torch.bool)
         for layer in model.decoder:
-            x, _ = layer(x, layer.cross_attention.project(memory), everything)
+            x = sum(layer(x, None, memory, everything))
         return model.decoder_norm(x)[0]
 
     def code_logits(self, state: torch.Tensor, prefix: tuple[int, ...], every_code: bool) -> dict[int, torch.Tensor]:

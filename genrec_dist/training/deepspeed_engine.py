@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from genrec_dist.config import OptimConfig, RuntimeConfig
+from genrec_dist.generator.transformer import transformer_layers
 from genrec_dist.training.engine import (
     MOMENTS,
     State,
@@ -35,6 +36,7 @@ from genrec_dist.training.engine import (
     step_tensor,
     torch_state,
 )
+from genrec_dist.training.flat import FlatLayers
 from genrec_dist.training.losses import LossScale
 from genrec_dist.training.worker import Worker
 
@@ -67,6 +69,11 @@ class DeepSpeedEngine(StepByParts):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         self.settings = deepspeed_settings(config, worker, runtime)
+        layers = transformer_layers(model)
+        self.flat = FlatLayers(layers, resharded=self.zero_stage == 3)
+        if self.zero_stage == 3:  # a layer is gathered, reduced and let go of as one
+            for layer in layers.values():
+                deepspeed.utils.set_z3_leaf_module(layer, True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(model.parameters(), config),
@@ -128,12 +135,15 @@ class DeepSpeedEngine(StepByParts):
     def whole(self) -> contextlib.AbstractContextManager:
         """See `Engine`: stage 3 gathers what is sharded."""
         if self.zero_stage < 3:
-            return contextlib.nullcontext()
+            return self.flat.shown()
         import deepspeed
 
-        return _whole(deepspeed.zero.GatheredParameters(list(self.model.parameters())), self.model)
+        return _whole(deepspeed.zero.GatheredParameters(list(self.model.parameters())), self.model, self.flat)
 
     def best(self) -> State:
+        return self.flat.split(self._best())
+
+    def _best(self) -> State:
         if not self.zero_stage:
             return model_state(self.model)
         from deepspeed.utils import safe_get_full_fp32_param
@@ -144,19 +154,20 @@ class DeepSpeedEngine(StepByParts):
     def state(self) -> State:
         scale = self.scale.state() if self.scale else {}
         if not self.zero_stage:
-            return torch_state(self.model, self._base) | scale
+            return self.flat.split(torch_state(self.model, self._base)) | scale
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        state = as_model(self.best())
+        state = as_model(self._best())
         for name, p in named_trained(self.model):
             for moment in MOMENTS:
                 state[f"{moment}/{name}"] = safe_get_full_optimizer_state(p, moment).detach().cpu().clone()
         step = next(iter(self._base.state.values()))["step"]
-        return state | {"step": torch.as_tensor(float(step))} | scale
+        return self.flat.split(state) | {"step": torch.as_tensor(float(step))} | scale
 
     def load(self, state: State) -> None:
         if self.scale:
             self.scale.load(state)
+        state = self.flat.join(state)
         if not self.zero_stage:
             load_torch_state(self.model, self._base, state)
             return
@@ -188,9 +199,9 @@ class DeepSpeedEngine(StepByParts):
 
 
 @contextlib.contextmanager
-def _whole(gathered: contextlib.AbstractContextManager, model: nn.Module) -> Iterator[None]:
+def _whole(gathered: contextlib.AbstractContextManager, model: nn.Module, flat: FlatLayers) -> Iterator[None]:
     """Gathered parameters, and DeepSpeed's hooks of the modules out of the way: they would shard them again."""
-    with gathered:
+    with gathered, flat.shown():
         hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
         for module, before, after in hooks:
             module._forward_pre_hooks, module._forward_hooks = type(before)(), type(after)()

@@ -69,11 +69,7 @@ class DeepSpeedEngine(StepByParts):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         self.settings = deepspeed_settings(config, worker, runtime)
-        layers = transformer_layers(model)
-        self.flat = FlatLayers(layers, resharded=self.zero_stage == 3)
-        if self.zero_stage == 3:  # a layer is gathered, reduced and let go of as one
-            for layer in layers.values():
-                deepspeed.utils.set_z3_leaf_module(layer, True)
+        self.flat = FlatLayers(transformer_layers(model), resharded=self.zero_stage == 3)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(model.parameters(), config),
@@ -231,6 +227,7 @@ def deepspeed_settings(config: OptimConfig, worker: Worker, runtime: RuntimeConf
             "stage3_prefetch_bucket_size": sizes.prefetch_bucket_size,
             "stage3_param_persistence_threshold": sizes.persistence_threshold,
             "stage3_max_live_parameters": sizes.max_live_parameters,
+            "memory_efficient_linear": False,  # would put a slow function in the place of torch's, for all modules
         }
         if runtime.offload == "all":
             zero["offload_param"] = {"device": "cpu", "pin_memory": worker.device.type == "cuda"}

@@ -1,9 +1,9 @@
 """Transformer layers with two parameters each: all weights of products in one row, all biases and norms in another.
 
 An engine that works parameter by parameter (DeepSpeed's hooks, gathers, reductions and norms) then has a tenth of the
-work, all of it on large tensors, and mixed precision casts a layer at once. The layers' modules stay as they are; for
-the time of a call their weights are pieces of the flat parameters. States keep the names of the pieces: `split` and
-`join` translate. Knows nothing of any engine.
+work, all of it on large tensors, and mixed precision casts a layer at once. For the time of a call the weights of a
+layer's modules are pieces of the flat parameters. States keep the names of the pieces: `split` and `join` translate.
+Knows nothing of any engine.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Piece:
 class FlatLayer:
     """A layer whose weights of products are the parameter `matrices` (1, n) and whose other ones `vectors` (m,).
 
+    Its modules leave the module tree of the model, so that an engine's hooks are at the layer alone.
+
     Args:
         layer: calls `carry` and nothing else while its weights are away.
         resharded: whatever the forward pass saved of the weights for the backward pass is taken from the parameters
@@ -71,6 +73,10 @@ class FlatLayer:
         for kind, pieces in self.groups.items():
             flat = join_pieces(pieces, dict(zip((p.name for p in pieces), values[kind])))
             layer.register_parameter(kind, nn.Parameter(flat[None] if kind == "matrices" else flat))
+        self.children = list(layer.children())
+        vars(layer).update(layer._modules)
+        layer._modules.clear()
+        layer.train = self.train  # type: ignore[method-assign]
         self.hide()
         self._carry: Callable[..., Any] = layer.carry  # type: ignore[assignment]
         layer.carry = self.carry  # type: ignore[assignment]
@@ -88,6 +94,12 @@ class FlatLayer:
         finally:
             self.hide()
 
+    def train(self, mode: bool = True) -> nn.Module:
+        """`nn.Module.train` of the layer and the modules that left it."""
+        for child in self.children:
+            child.train(mode)
+        return nn.Module.train(self.layer, mode)
+
     def show(self) -> None:
         """Weights in place for use without gradients, for as long as the parameters are."""
         rows = [self.layer.matrices.detach()[0], self.layer.vectors.detach()]
@@ -97,7 +109,7 @@ class FlatLayer:
         """Let go of the weights."""
         for pieces in self.groups.values():
             for piece in pieces:
-                setattr(piece.module, piece.attribute, None)
+                vars(piece.module)[piece.attribute] = None
 
     def _place(self, rows: list[torch.Tensor], low_rows: list[torch.Tensor]) -> None:
         for pieces, row, low in zip(self.groups.values(), rows, low_rows):
@@ -105,7 +117,7 @@ class FlatLayer:
             whole = row.split(rooms)
             cast = whole if low is row else low.split(rooms)
             for piece, a, b in zip(pieces, whole, cast):
-                setattr(piece.module, piece.attribute, piece.cut(b if piece.is_product else a))
+                vars(piece.module)[piece.attribute] = piece.cut(b if piece.is_product else a)
 
 
 class _Weights:

@@ -1,13 +1,12 @@
-"""Training the generator on GPUs: tokens a second, utilisation, an epoch of Beauty's size, ZeRO's scaling and memory.
+"""Training the generator on a GPU: tokens a second, utilisation, an epoch of Beauty's size.
 
     python -m benchmarks.training_gpu epoch            # 131k prefixes, 1 + 4 layers, several ways to make a step
     python -m benchmarks.training_gpu profile --modes graph --batches 1024 --which 4
     python -m benchmarks.training_gpu depths           # depths 1, 4, 32 at width 128, and width 1024 with 24 layers
-    torchrun --nproc-per-node 2 -m benchmarks.training_gpu zero    # weak scaling and memory of ZeRO 0, 1, 3
 
 Every figure is of the project's own loop (`training.loop.train`), data and logging included, validation left out; the
 first epoch, in which graphs are captured, is not counted. Utilisation is of model FLOPs without padding, against a
-product of matrices measured in the same process.
+product of matrices measured in the same process. ZeRO on several GPUs: `zero_gpu`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from genrec_dist.config import OptimConfig, RuntimeConfig
 from genrec_dist.generator.gpt_stage import GptTask
 from genrec_dist.generator.stage import GeneratorTask
 from genrec_dist.pipeline import StageContext
-from genrec_dist.studies.sizes import ModelSize, training_memory
 from genrec_dist.testing.beauty_shape import beauty_generator, beauty_gpt, beauty_sequences
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.loop import train
@@ -154,36 +152,13 @@ def depths(worker: Worker, modes: list[str], which: list[str], epochs: int, wide
             show(f"{name}: {shape}, batch {batch_size}, {mode}", found, worker)
 
 
-def zero(worker: Worker, stages: list[int], per_gpu: int, layers: int) -> None:
-    """Weak scaling of the wide model, and memory beside the formula."""
-    shape = WIDE | {"num_decoder_layers": layers}
-    for stage in stages:
-        optim = {"batch_size": per_gpu * worker.world_size, "length_buckets": 16}
-        found = measure(worker, 2, optim, {"engine": "deepspeed", "zero_stage": stage}, **shape)
-        size = ModelSize({"all": found["parameters"]})
-        runtime = RuntimeConfig(num_workers=worker.world_size, zero_stage=stage)
-        kinds = training_memory(size, 0, runtime, zero=True)
-        states = sum(kinds.values()) / 2**30
-        held = (sum(kinds.values()) - kinds["gradients"]) / 2**30
-        show(
-            f"ZeRO {stage}, {worker.world_size} GPUs, {per_gpu} a GPU; by formula {states:.2f} GiB, "
-            f"{held:.2f} of it held between steps, measured {found['held_gib']:.2f}",
-            found,
-            worker,
-        )
-        torch.cuda.empty_cache()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["epoch", "depths", "profile", "zero"])
+    parser.add_argument("what", choices=["epoch", "depths", "profile"])
     parser.add_argument("--modes", nargs="+", default=["eager", "graph", "compile"])
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 1024])
     parser.add_argument("--which", nargs="+", default=["1", "4", "32", "wide", "wide-gpt"])
     parser.add_argument("--wide-batch", type=int, default=4096)
-    parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 3])
-    parser.add_argument("--per-gpu", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=3)
     given = parser.parse_args()
     worker = plain_worker(RuntimeConfig(backend="local"))
@@ -195,10 +170,8 @@ def main() -> None:
         epoch(worker, given.modes, given.batches, given.epochs)
     elif given.what == "profile":
         profile(worker, given.modes, given.batches[0], given.which[0])
-    elif given.what == "depths":
-        depths(worker, given.modes, given.which, given.epochs, given.wide_batch)
     else:
-        zero(worker, given.stages, given.per_gpu, given.layers)
+        depths(worker, given.modes, given.which, given.epochs, given.wide_batch)
 
 
 if __name__ == "__main__":

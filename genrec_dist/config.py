@@ -430,6 +430,11 @@ class DeepspeedConfig(Section):
     persistence_threshold: int = Field(100_000, ge=0, description="smaller parameters stay whole (stage 3)")
     max_live_parameters: int = Field(1_000_000_000, ge=0, description="gathered parameters kept at most (stage 3)")
     communication_dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of reduced gradients")
+    gather_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of layers' weights of products as workers exchange them, and of their gradients (stage 3); bf16: "
+        "half the traffic, for optim.precision bf16, whose products round them anyway",
+    )
 
 
 class RuntimeConfig(Section):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from genrec_dist.config import OptimConfig, RuntimeConfig
+from genrec_dist.errors import ConfigError
 from genrec_dist.generator.transformer import transformer_layers
 from genrec_dist.training.engine import (
     MOMENTS,
@@ -70,6 +71,9 @@ class DeepSpeedEngine(StepByParts):
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         self.settings = deepspeed_settings(config, worker, runtime)
         self.flat = FlatLayers(transformer_layers(model), resharded=self.zero_stage == 3)
+        if "torch_autocast" in self.settings:
+            for row in self.flat.matrices():
+                row.comm_dtype = torch.bfloat16  # type: ignore[attr-defined]  # DeepSpeed's name for it
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(model.parameters(), config),
@@ -232,7 +236,18 @@ def deepspeed_settings(config: OptimConfig, worker: Worker, runtime: RuntimeConf
         if runtime.offload == "all":
             zero["offload_param"] = {"device": "cpu", "pin_memory": worker.device.type == "cuda"}
     parts = max(runtime.micro_batches // worker.world_size, 1)
-    return {
+    gathers = {}
+    if stage == 3 and sizes.gather_dtype == "bf16":
+        if precision_of(config, worker.device) != torch.bfloat16:
+            raise ConfigError(
+                "weights would be rounded that products do not round",
+                where="runtime.deepspeed.gather_dtype",
+                got=f"bf16, with precision {config.precision} on {worker.device.type}",
+                expected="fp32, or products in bf16",
+                fix="set gather_dtype to fp32, or optim.precision to bf16",
+            )
+        gathers = {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
+    return gathers | {
         # Only for DeepSpeed's own bookkeeping: the loop cuts the batches, and the last of an epoch is smaller. It sets
         # the boundaries of accumulation as well.
         "train_micro_batch_size_per_gpu": max(1, config.batch_size // (worker.world_size * parts)),

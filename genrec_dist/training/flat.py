@@ -183,6 +183,10 @@ class FlatLayers:
             for kind, pieces in flat.groups.items()
         }
 
+    def matrices(self) -> list[nn.Parameter]:
+        """The flat weights of products, one a layer."""
+        return [flat.layer.matrices for flat in self.layers.values()]
+
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """While it is open, all weights are in place; the parameters have to be whole."""

@@ -1,12 +1,12 @@
-"""Weak scaling and memory of ZeRO on GPUs of one host: the wide encoder-decoder (423M parameters), a step again and again.
+"""Weak scaling and memory of ZeRO on GPUs of one host: steps of the wide encoder-decoder (423M parameters).
 
     python -m benchmarks.zero_gpu --gpus 2                 # everything, in a minute and a half
     python -m benchmarks.zero_gpu --gpus 2 --host-profile  # and where the host's time goes
     python -m benchmarks.zero_gpu --gpus 2 --variants stage1 stage3
 
-Two processes first measure one GPU, side by side on two: the captured torch engine, and ZeRO 1. Then N processes measure
-the variants, each on 4,096 samples a GPU of 12 items. A step has everything but data and logging. Efficiency is tokens a
-second and GPU over those of one GPU. Memory stands beside the formula of `studies.sizes`. Weights are drawn on the GPU.
+Two processes first measure one GPU, side by side on two: the captured torch engine, and ZeRO 1. Then N processes
+measure the variants. A step is of 4,096 samples a GPU, always the same ones, without data and logging. Efficiency is
+tokens a second and GPU over those of one GPU. Memory stands beside the formula of `studies.sizes`.
 """
 
 from __future__ import annotations
@@ -99,10 +99,7 @@ def measure(name: str, settings: dict, worker: Worker, given: argparse.Namespace
     alone = Worker(device=worker.device)  # every GPU makes the same batch: weak scaling without chance
     task = GeneratorTask(model, sequences(), alone, SETTINGS)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers = (
-        contextlib.nullcontext() if flat else mock.patch.object(deepspeed_engine, "transformer_layers", dict_of_none)
-    )
-    with layers:
+    with contextlib.nullcontext() if flat else mock.patch.object(deepspeed_engine, "transformer_layers", no_layers):
         engine = make_engine(model, config, worker, runtime)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -151,7 +148,8 @@ def measure(name: str, settings: dict, worker: Worker, given: argparse.Namespace
     return result
 
 
-def dict_of_none(model: nn.Module) -> dict:
+def no_layers(model: nn.Module) -> dict:
+    """In place of `transformer_layers`: DeepSpeed sees all modules and parameters."""
     return {}
 
 
@@ -182,11 +180,12 @@ def show(result: dict, one_gpu: dict[str, dict]) -> None:
     shares = [
         f"{result['tokens'] / one_gpu[name]['tokens']:.2f} of one GPU's {name}" for name in ONE_GPU if name in one_gpu
     ]
+    r = result
     print(
-        f"{result['name']:22s} {result['gpus']} GPUs  {result['ms']:7.1f} ms  {result['tokens'] / 1e3:6.1f}k tokens/s a GPU"
-        f"  {result['tflops']:4.0f} TFLOP/s  held {result['held']:5.2f} (formula {result['held_formula']:5.2f})"
-        f"  states {result['states_formula']:5.2f}  peak {result['peak']:5.2f} GiB  loss {result['loss']:.3f}"
-        f"  {' '.join(map(str, result['shape']))}  {'; '.join(shares)}",
+        f"{r['name']:22s} {r['gpus']} GPUs  {r['ms']:7.1f} ms  {r['tokens'] / 1e3:6.1f}k tokens/s a GPU"
+        f"  {r['tflops']:4.0f} TFLOP/s  held {r['held']:5.2f} (formula {r['held_formula']:5.2f})"
+        f"  states {r['states_formula']:5.2f}  peak {r['peak']:5.2f} GiB  loss {r['loss']:.3f}"
+        f"  {' '.join(map(str, r['shape']))}  {'; '.join(shares)}",
         flush=True,
     )
 

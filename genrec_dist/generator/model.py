@@ -9,7 +9,7 @@ Source: PRORec section 3.4, equations 6 to 8.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F

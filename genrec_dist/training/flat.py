@@ -73,7 +73,7 @@ class FlatLayer:
         for kind, pieces in self.groups.items():
             flat = join_pieces(pieces, dict(zip((p.name for p in pieces), values[kind])))
             layer.register_parameter(kind, nn.Parameter(flat[None] if kind == "matrices" else flat))
-        self.children = list(layer.children())
+        self.modules = list(layer.children())
         vars(layer).update(layer._modules)
         layer._modules.clear()
         layer.train = self.train  # type: ignore[method-assign]
@@ -83,7 +83,7 @@ class FlatLayer:
 
     def carry(self, *args: Any) -> Any:
         """The layer's own, with its weights in place."""
-        weights = _Weights(self.layer.matrices, self.layer.vectors)
+        weights = _Weights(self.parameter("matrices"), self.parameter("vectors"))
         self._place(weights.rows, weights.low_rows)
         hooks: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.resharded and torch.is_grad_enabled() and not getattr(self.layer, "recomputes", False):
@@ -93,16 +93,21 @@ class FlatLayer:
                 return self._carry(*args)
         finally:
             self.hide()
+            weights.let_go()
 
     def train(self, mode: bool = True) -> nn.Module:
         """`nn.Module.train` of the layer and the modules that left it."""
-        for child in self.children:
+        for child in self.modules:
             child.train(mode)
         return nn.Module.train(self.layer, mode)
 
+    def parameter(self, kind: str) -> nn.Parameter:
+        """'matrices' or 'vectors'."""
+        return self.layer.get_parameter(kind)
+
     def show(self) -> None:
         """Weights in place for use without gradients, for as long as the parameters are."""
-        rows = [self.layer.matrices.detach()[0], self.layer.vectors.detach()]
+        rows = [self.parameter("matrices").detach()[0], self.parameter("vectors").detach()]
         self._place(rows, rows)
 
     def hide(self) -> None:
@@ -124,17 +129,19 @@ class _Weights:
     """Flat parameters during a call, and in the type of products where that is another."""
 
     def __init__(self, matrices: nn.Parameter, vectors: nn.Parameter) -> None:
-        self._parameters = (matrices, vectors)
-        self.rows, self.low_rows = self._read(*self._parameters)
+        self._parameters, kind = (matrices, vectors), matrices.device.type
+        self._low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.rows = [matrices[0], vectors]
+        self.low_rows = self._cast(self.rows)
         self._spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (*self.rows, *self.low_rows)]
         self._again: list[torch.Tensor] | None = None
 
-    def _read(self, matrices: torch.Tensor, vectors: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        rows, kind = [matrices[0], vectors], matrices.device.type
-        if not torch.is_autocast_enabled(kind):
-            return rows, rows
-        self._low = torch.get_autocast_dtype(kind)
-        return rows, [row.to(self._low) for row in rows]
+    def _cast(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        return rows if self._low is None else [row.to(self._low) for row in rows]
+
+    def let_go(self) -> None:
+        """Keep no weights alive until the backward pass."""
+        self.rows, self.low_rows = [], []
 
     def pack(self, saved: torch.Tensor) -> Any:
         """A view of the weights as its place in them; other tensors as they are."""
@@ -149,9 +156,8 @@ class _Weights:
         if isinstance(packed, torch.Tensor):
             return packed
         if self._again is None:
-            rows = [p.detach().flatten() for p in self._parameters]
-            low = rows if self.low_rows is self.rows else [row.to(self._low) for row in rows]
-            self._again = [*rows, *low]
+            rows = [parameter.detach().flatten() for parameter in self._parameters]
+            self._again = [*rows, *self._cast(rows)]
         index, size, stride, offset = packed
         base = self._again[index]
         return base.as_strided(size, stride, base.storage_offset() + offset)
@@ -185,7 +191,7 @@ class FlatLayers:
 
     def matrices(self) -> list[nn.Parameter]:
         """The flat weights of products, one a layer."""
-        return [flat.layer.matrices for flat in self.layers.values()]
+        return [flat.parameter("matrices") for flat in self.layers.values()]
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from genrec_dist.config import DeepspeedConfig, RuntimeConfig
 from genrec_dist.testing.tiny_tasks import ENGINES, TASKS, make
-from genrec_dist.training.engine import State
+from genrec_dist.training.engine import State, make_engine
 from genrec_dist.training.loop import learning_rate
 from genrec_dist.training.worker import Worker
 
@@ -70,3 +71,16 @@ def steps_job(worker: Worker, folder: Path) -> None:
             if worker.is_main:
                 for label, state in results.items():
                     save_file(state, folder / f"{name}-{kind}-{label}.safetensors")
+
+
+def gather_job(worker: Worker, folder: Path) -> None:
+    """Train at ZeRO 3 with bfloat16 products, weights gathered in either type; losses to `<dtype>.safetensors`."""
+    for dtype in ("fp32", "bf16"):
+        task = TASKS["generator"](worker, batch_size=6, precision="bf16")
+        sizes = DeepspeedConfig(persistence_threshold=0, gather_dtype=dtype)
+        engine = make_engine(
+            task.model, task.config.optim, worker, RuntimeConfig(engine="deepspeed", zero_stage=3, deepspeed=sizes)
+        )
+        losses = torch.tensor(take_steps(task, engine, worker, 0, STEPS))
+        if worker.is_main:
+            save_file({"losses": losses}, folder / f"{dtype}.safetensors")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.training_gpu epoch            # 131k prefixes, 1 + 4 layers, several ways to make a step
     python -m benchmarks.training_gpu profile --modes graph --batches 1024 --which 4
+    python -m benchmarks.training_gpu profile --modes graph --batches 8192 --which wide --depth-buckets
     python -m benchmarks.training_gpu depths           # depths 1, 4, 32 at width 128, and width 1024 with 24 layers
 
 Every figure is of the project's own loop (`training.loop.train`), data and logging included, validation left out; the
@@ -97,16 +98,16 @@ def epoch(worker: Worker, modes: list[str], batches: list[int], epochs: int) -> 
             show(f"1 + 4 layers, width 128, batch {batch_size}, {mode}", found, worker)
 
 
-def profile(worker: Worker, modes: list[str], batch_size: int, which: str) -> None:
+def profile(worker: Worker, modes: list[str], batch_size: int, which: str, by_depth: bool, number: int) -> None:
     """Where the GPU's time goes: kernels of four steps by their total time, over batches of one width."""
-    shape = {"wide": WIDE, "wide-gpt": WIDE_GPT}.get(which, {})
+    shape = {"wide": WIDE, "wide-gpt": WIDE_GPT}.get(which, {}) | ({"depth_buckets": True} if by_depth else {})
     for mode in modes:
         config = OptimConfig(batch_size=batch_size, length_buckets=16 * bool(shape))
         generator, task = make_task(config, worker, **shape)
         engine = make_engine(generator, config, worker, RuntimeConfig(backend="local", step_mode=mode))
         meter = LossMeter(worker)
         generator.train()
-        batch = task.batch(task.order.batch(5), worker)
+        batch = task.batch(task.order.batch(number), worker)
 
         def steps(count: int, engine=engine, batch=batch, meter=meter) -> None:
             for _ in range(count):
@@ -121,10 +122,11 @@ def profile(worker: Worker, modes: list[str], batch_size: int, which: str) -> No
             steps(4)
         events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
         total, count = sum(e.self_device_time_total for e in events) / 4e3, sum(e.count for e in events) // 4
-        flops = task.flops(task.order.batch(5)) / (spent / 1e3) / 1e12
+        flops = task.flops(task.order.batch(number)) / (spent / 1e3) / 1e12
         width = batch["history"].shape[1]
         line = (
-            f"{mode}, batch {batch_size} x {width}: {spent:.2f} ms a step, {total:.2f} ms of {count} kernels, "
+            f"{mode}, batch {batch_size} x {width}, {batch.get('levels', 'all')} levels: "
+            f"{spent:.2f} ms a step, {total:.2f} ms of {count} kernels, "
             f"{flops:.0f} model TFLOP/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         )
         for event in events[:16]:
@@ -160,6 +162,8 @@ def main() -> None:
     parser.add_argument("--which", nargs="+", default=["1", "4", "32", "wide", "wide-gpt"])
     parser.add_argument("--wide-batch", type=int, default=4096)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--depth-buckets", action="store_true", help="profile: batches of like code length")
+    parser.add_argument("--number", type=int, default=5, help="profile: of the batch")
     given = parser.parse_args()
     worker = plain_worker(RuntimeConfig(backend="local"))
     setup_torch(worker, 4)
@@ -169,7 +173,7 @@ def main() -> None:
     if given.what == "epoch":
         epoch(worker, given.modes, given.batches, given.epochs)
     elif given.what == "profile":
-        profile(worker, given.modes, given.batches[0], given.which[0])
+        profile(worker, given.modes, given.batches[0], given.which[0], given.depth_buckets, given.number)
     else:
         depths(worker, given.modes, given.which, given.epochs, given.wide_batch)
 

@@ -321,11 +321,20 @@ class GeneratorConfig(Section):
     train_item_embeddings: bool = Field(
         True, description="fine-tune the Stage I table that feeds the encoder and starts the nodes"
     )
+    depth_buckets: bool = Field(
+        False,
+        description="with optim.length_buckets and head child: batches of targets of like code length first, and of "
+        "like histories among them; the decoder is cut to the longest code of a batch",
+    )
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")
     def _check(self) -> GeneratorConfig:
         _check_heads("generator", self.dim, self.num_heads)
+        if self.depth_buckets and not self.optim.length_buckets:
+            raise ValueError("generator.depth_buckets needs windows of batches: generator.optim.length_buckets above 0")
+        if self.depth_buckets and self.head != "child":  # a level's own head would get no gradient from many batches
+            raise ValueError("generator.depth_buckets needs generator.head=child")
         return self
 
 

@@ -175,7 +175,7 @@ def code_losses(
         head: its logits are the model.
         trie: tree of the path nodes.
         hidden_BLD: state that predicts the code of each level.
-        path_BL: nodes of each item, one a level.
+        path_BL: nodes of each item, one a level, as deep as any of these items.
         depth_B: code length of each item.
         smoothing: share of the label that goes to all classes alike.
         table: of a child head, `ChildHead.table`.
@@ -184,7 +184,7 @@ def code_losses(
         One float32 scalar a level.
     """
     losses = []
-    for level in range(trie.max_depth):
+    for level in range(path_BL.shape[1]):
         node = path_BL[:, level]
         parent = trie.parent[node] if level else torch.zeros_like(node)
         if isinstance(head, PerLevelHead):

@@ -214,8 +214,9 @@ class Generator(nn.Module):
         """L_gen + beta L_distillation (equation 8).
 
         Args:
-            batch: history, mask (B, S), target (B,), count; `distill_negatives` (M,) when they are sampled. Or `parts`,
-                a list of such batches with the count of the whole, whose losses are added.
+            batch: history, mask (B, S), target (B,), count; `distill_negatives` (M,) when they are sampled; `levels`,
+                the longest code of the global batch, unless the decoder is to run over all levels. Or `parts`, a list
+                of such batches with the count of the whole, whose losses are added.
         """
         parts = batch.get("parts", [batch])
         # By the count, which all workers share: under ZeRO 3 they have to call the same modules.
@@ -228,7 +229,8 @@ class Generator(nn.Module):
     def _losses(self, batch: dict, table: torch.Tensor | None) -> dict[str, torch.Tensor]:
         config, target = self.config, batch["target"]
         source_BSD, mask = self._encoded(batch["history"], batch["mask"])
-        path_BL, depth_B = self.trie.item_path[target], self.trie.depth[target]
+        levels = batch.get("levels", self.trie.max_depth)
+        path_BL, depth_B = self.trie.item_path[target][:, :levels], self.trie.depth[target]
         at_end = self.dense_token == "end"
         # Nothing is read off the state at the last code unless a token stands behind it.
         seen_BL = path_BL if at_end else path_BL[:, :-1]

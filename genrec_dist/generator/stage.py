@@ -21,7 +21,7 @@ from genrec_dist.generator.model import Generator
 from genrec_dist.generator.parameters import load_parameters
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
-from genrec_dist.studies.sizes import CodebookSize, generator_size
+from genrec_dist.studies.sizes import CodebookSize, decoder_layer_flops, generator_size
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
@@ -71,9 +71,10 @@ class GeneratorTask:
             settings["seed"],
             config.optim.length_buckets,
             worker.device,
+            model.trie.depth.cpu().numpy() if config.depth_buckets else None,
         )
         self.order = self.batches.order
-        self._costs = step_costs(model)
+        self._costs, self._level_flops = step_costs(model), flops_per_level(model)
         self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
@@ -95,11 +96,19 @@ class GeneratorTask:
     def tokens(self, indices: np.ndarray) -> int:
         """Places of encoder and decoder in a step on this global batch, padding left out."""
         per_item, per_target, _ = self._costs
-        return round(per_item * self.batches.tokens_of(indices) + per_target * len(indices))
+        return round(per_item * self.batches.tokens_of(indices) + per_target * len(indices) + self._deeper(indices))
 
     def flops(self, indices: np.ndarray) -> float:
         """Model FLOPs of a step on this global batch, padding left out."""
-        return float(self._costs[2][self.batches.samples.lengths[indices]].sum())
+        flops = self._costs[2][self.batches.samples.lengths[indices]].sum()
+        return float(flops + self._level_flops * self._deeper(indices))
+
+    def _deeper(self, indices: np.ndarray) -> float:
+        """Codes of a batch's targets beyond as many mean ones; batches of like code length are far from the mean."""
+        depths = self.batches.depths
+        if depths is None:
+            return 0.0
+        return float(depths[self.batches.target_items(indices)].sum() - depths.mean() * len(indices))
 
     def validate(self, worker: Worker) -> dict[str, float]:
         ranks = list_ranks(
@@ -132,6 +141,14 @@ def step_costs(model: Generator) -> tuple[float, float, np.ndarray]:
     ]
     per_target = depth + {"none": 0, "start": 1, "end": 2}[model.dense_token]
     return 1.0 if config.encoder_input == "item" else depth, per_target, np.array(flops)
+
+
+def flops_per_level(model: Generator) -> float:
+    """Training FLOPs of one code of a target more, at a full history, with a child head."""
+    config = model.config
+    one, two = (decoder_layer_flops(config.dim, config.ffn_multiplier, n, config.max_history) for n in (1, 2))
+    ends = 4.0 * config.dim * model.integrated.shape[1]  # the code's embedding in, the query out
+    return 3 * (config.num_decoder_layers * (two - one) + ends)
 
 
 def mean_codebook(trie: DeviceTrie) -> CodebookSize:

@@ -15,6 +15,7 @@ from genrec_dist.catalog.dataset import Sequences
 from genrec_dist.training.loop import local_part
 from genrec_dist.training.order import BatchOrder
 from genrec_dist.training.samples import HistorySamples, Indices, RowSamples, prefix_samples, row_samples
+from genrec_dist.training.spans import Lengths
 from genrec_dist.training.worker import Worker
 
 WIDTH_STEP = 4
@@ -33,18 +34,37 @@ class PrefixBatches:
     Args:
         samples: gathered on the host or on the worker's device.
         order: global batches.
+        depths: code length of each item, where a batch says the longest of its targets.
     """
 
     samples: HistorySamples
     order: BatchOrder
+    depths: np.ndarray | None = None
 
     @classmethod
     def build(
-        cls, sequences: Sequences, max_history: int, batch_size: int, seed: int, buckets: int, device: torch.device
+        cls,
+        sequences: Sequences,
+        max_history: int,
+        batch_size: int,
+        seed: int,
+        buckets: int,
+        device: torch.device,
+        depths: np.ndarray | None = None,
     ) -> PrefixBatches:
-        """Prefix samples of the train part in the order of `seed`."""
+        """Prefix samples of the train part in the order of `seed`; buckets go by `depths` first, if there are any."""
         samples = prefix_samples(sequences, max_history, device)
-        return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets))
+        lengths = samples.lengths
+        if depths is not None:
+            lengths = Lengths(lambda s: depths[samples.targets(s)] * (max_history + 1) + samples.lengths[s])
+        return cls(samples, BatchOrder(len(samples), batch_size, seed, lengths, buckets), depths)
+
+    def _shared(self, indices: Any, worker: Worker) -> dict:
+        """What a global batch says to all workers."""
+        shared: dict[str, Any] = {"count": len(indices) / worker.world_size}
+        if self.depths is not None:
+            shared["levels"] = int(self.depths[self.target_items(indices)].max())
+        return shared
 
     def local(self, indices: Any, worker: Worker) -> dict:
         """This worker's rows, cut to their longest history, and the global count over the workers."""
@@ -53,7 +73,7 @@ class PrefixBatches:
         if self.samples.device.type == "cuda" and isinstance(mine, np.ndarray):
             longest = int(self.samples.spans.lengths(mine).max(initial=1))
             width = _rounded(longest, self.samples.spans.max_history, self.samples.device)
-        return self.samples.gather(mine, width) | {"count": len(indices) / worker.world_size}
+        return self.samples.gather(mine, width) | self._shared(indices, worker)
 
     def local_parts(self, indices: np.ndarray, worker: Worker, parts: int) -> list[dict]:
         """`local` in parts of like length, each cut to its own longest history; so cut that padding is least.
@@ -65,9 +85,9 @@ class PrefixBatches:
         mine = local_part(indices, worker)
         lengths = self.samples.lengths[mine]
         order = np.argsort(lengths, kind="stable")
-        count = len(indices) / worker.world_size
+        shared = self._shared(indices, worker)
         pieces = np.split(mine[order], least_padding(lengths[order], parts))
-        return [self.samples.gather(part) | {"count": count} for part in pieces]
+        return [self.samples.gather(part) | shared for part in pieces]
 
     def target_items(self, indices: np.ndarray) -> np.ndarray:
         """Target items of a global batch."""

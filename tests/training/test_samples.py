@@ -186,6 +186,27 @@ def test_workers_share_out_each_global_batch(buckets):
         assert whole["history"].shape[1] == whole["mask"].sum(1).max()  # no column of padding alone
 
 
+def test_batches_of_like_code_length_cut_the_decoder_and_not_the_loss():
+    trie = tiny_trie(20, 4)
+    assert len(np.unique(trie.depth)) > 1
+    model, cut = tiny_generator(trie, head="child", distill_position="start").eval(), 0
+    batches = PrefixBatches.build(tiny_sequences(60, 20), 6, 8, 0, 16, CPU, trie.depth)
+    taken = []
+    for step in range(batches.order.steps_per_epoch):
+        indices = batches.order.batch(step)
+        taken += indices.tolist()
+        batch = batches.local(indices, Worker())
+        assert batch["levels"] == trie.depth[batch["target"]].max()
+        assert all(batches.local(indices, Worker(rank, 3))["levels"] == batch["levels"] for rank in range(3))
+        cut += batch["levels"] < trie.max_depth
+        if step < 8:
+            whole = model({name: value for name, value in batch.items() if name != "levels"})
+            torch.testing.assert_close(model(batch), whole)
+    assert sorted(taken) == list(range(batches.order.num_samples))
+    shallow = (trie.depth[batches.samples.targets(np.arange(len(taken)))] < trie.max_depth).mean()
+    assert cut >= shallow * batches.order.steps_per_epoch - 1 - batches.order.steps_per_epoch // 16
+
+
 def test_the_losses_of_parts_add_up_to_that_of_the_batch():
     model = tiny_generator(tiny_trie(20, 4), head="child", distill_weight=0.0)
     batches = PrefixBatches.build(tiny_sequences(30, 20), 6, 16, 0, 0, CPU)

@@ -142,7 +142,7 @@ class BeamSearch:
         scores, pick = totals.topk(min(self.width, totals.shape[1]), 1)
         source = torch.arange(batch, device=device)[:, None].expand_as(pick)
         return Beams(
-            pick + 1, scores, source, self.tables.decoder.start(cache), memory, hidden
+            pick + 1, scores, source, self.tables.decoder.start(cache, memory), memory, hidden
         )  # children of the root are nodes 1, 2, ...
 
     def extend(self, beams: Beams, level: int) -> bool:

@@ -2,7 +2,8 @@
 
 The rearranged one computes what `DecoderLayer` computes, one place at a time and without dropout: a few users at a
 time, so that activations stay in a core's cache; queries, keys and values of the first layer from a table of nodes; the
-few places behind a beam without a copy into one tensor; products into buffers that are kept, sums into the residual in
+few places behind a beam without a copy into one tensor; cross-attention's projections of queries and outputs multiplied
+into a user's keys and values where its history is short; products into buffers that are kept, sums into the residual in
 place. A test holds it to the model. On a GPU the model's own is taken.
 
 Shape legend: B users, W beams, R rows (B x W), D width, H heads, E width of a head, P start tokens, S source length.
@@ -29,8 +30,8 @@ USERS_AT_ONCE = 16
 class BeamDecoder(Protocol):
     """States of beams, step by step; `state` is its own affair."""
 
-    def start(self, cache: list[KeyValue] | None) -> Any:
-        """State behind the start tokens of `CodeGenerator.begin`."""
+    def start(self, cache: list[KeyValue] | None, memory: Any) -> Any:
+        """State behind the start tokens, out of what `CodeGenerator.begin` gave."""
 
     def step(
         self, token_R: torch.Tensor, source_R: torch.Tensor, memory: Any, state: Any, beams: int, last: bool
@@ -66,7 +67,7 @@ class ModelDecoder:
     def __init__(self, model: CodeGenerator, tokens: torch.Tensor) -> None:
         self.model, self.tokens = model, tokens
 
-    def start(self, cache: list[KeyValue] | None) -> Any:
+    def start(self, cache: list[KeyValue] | None, memory: Any) -> Any:
         return cache
 
     def step(
@@ -78,16 +79,54 @@ class ModelDecoder:
         return hidden[:, -1], state
 
 
+class Folded(NamedTuple):
+    """A user's keys and values of a layer as one matrix from states to scores, and one from weights to the output.
+
+    Scores of a head are (x Q + q) K' = x (Q K') + q K', its output is w (V O). With S places and H heads these products
+    are of S x H columns instead of D, so a beam's cost less where S x H is below D.
+
+    Shapes:
+        scores: (B, S x H, D). bias: (B, S x H, 1), -inf where no item is. out: (B, S x H, D).
+    """
+
+    scores: torch.Tensor
+    bias: torch.Tensor
+    out: torch.Tensor
+
+
 class Behind(NamedTuple):
-    """What a beam sees of its own sequence.
+    """What a beam sees of its own sequence, and of its user.
 
     Shapes:
         prefix: by layer and start token, keys and values (B, 1, H, E).
         own: by step, keys and values of all layers side by side, (R, 2 x D x layers).
+        folded: by layer; none where that would cost more.
     """
 
     prefix: list[list[KeyValue]]
     own: list[torch.Tensor]
+    folded: list[Folded]
+
+
+class _Product:
+    """x W + b. The weight lies as it is read, which is a twentieth faster."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self.weight, self.bias = weight.T.contiguous(), bias
+
+    @classmethod
+    def of(cls, linear: nn.Module) -> _Product:
+        """That of a linear layer."""
+        layer = cast(nn.Linear, linear)
+        return cls(layer.weight, layer.bias)
+
+    def into(self, x: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        """Written to a buffer, which is returned."""
+        return torch.addmm(self.bias, x, self.weight, out=held)
+
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> None:
+        """Added in place."""
+        total.addmm_(x, self.weight).add_(self.bias)
 
 
 class _Layer:
@@ -95,11 +134,35 @@ class _Layer:
 
     def __init__(self, layer: DecoderLayer) -> None:
         own, crossed, ffn = layer.self_attention, layer.cross_attention, layer.ffn
-        self.norm, self.out = layer.self_norm, own.out
-        self.weight = torch.cat([own.query.weight, own.key_value.weight])
-        self.bias = torch.cat([own.query.bias, own.key_value.bias])
-        self.cross_norm, self.cross_query, self.cross_out = layer.cross_norm, crossed.query, crossed.out
-        self.ffn_norm, self.wide, self.narrow = layer.ffn_norm, cast(nn.Linear, ffn[0]), cast(nn.Linear, ffn[3])
+        self.norm, self.out = layer.self_norm, _Product.of(own.out)
+        self.project = _Product(
+            torch.cat([own.query.weight, own.key_value.weight]), torch.cat([own.query.bias, own.key_value.bias])
+        )
+        self.cross_norm, self.crossed = layer.cross_norm, crossed
+        self.cross_query, self.cross_out = _Product.of(crossed.query), _Product.of(crossed.out)
+        self.ffn_norm, self.wide, self.narrow = layer.ffn_norm, _Product.of(ffn[0]), _Product.of(ffn[3])
+
+    def fold(self, memory: KeyValue, mask: torch.Tensor) -> Folded:
+        """Keys and values (B, H, S, E) with the projections of queries and outputs multiplied in."""
+        users, heads, length, width = memory[0].shape
+        # By head (H, B x S, E), which is no copy of what `Attention.project` gives.
+        key, value = (part.permute(1, 0, 2, 3).reshape(heads, users * length, width) for part in memory)
+        query, out = self.crossed.query, self.crossed.out
+        scale = width**-0.5
+        scores = _by_place(key, query.weight.view(heads, width, -1) * scale)
+        bias = _by_place(key, query.bias.view(heads, width, 1) * scale).view(users, length, heads)
+        mixed = _by_place(value, out.weight.view(-1, heads, width).permute(1, 2, 0).contiguous())
+        mixed += out.bias / heads  # the weights of a head add up to 1
+        bias = bias.masked_fill(~mask[:, 0, 0, :, None], float("-inf"))
+        return Folded(*(part.view(users, length * heads, -1) for part in (scores, bias, mixed)))
+
+
+def _by_place(part_HNE: torch.Tensor, weight_HED: torch.Tensor) -> torch.Tensor:
+    """Products of each head side by side, (N, H, D)."""
+    heads, rows, _ = part_HNE.shape
+    out = part_HNE.new_empty(rows, heads, weight_HED.shape[2])
+    torch.bmm(part_HNE, weight_HED, out=out.transpose(0, 1))
+    return out
 
 
 class PreparedDecoder:
@@ -113,16 +176,19 @@ class PreparedDecoder:
     def __init__(self, layers: list[DecoderLayer], norm: nn.LayerNorm, tokens: torch.Tensor) -> None:
         self.layers, self.norm, self.tokens = [_Layer(layer) for layer in layers], norm, tokens
         self.heads, self.dim = layers[0].self_attention.num_heads, tokens.shape[1]
-        self.first = F.linear(self.layers[0].norm(tokens), self.layers[0].weight, self.layers[0].bias)
+        project = self.layers[0].project
+        self.first = torch.addmm(project.bias, self.layers[0].norm(tokens), project.weight)
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def start(self, cache: list[KeyValue] | None) -> Behind:
+    def start(self, cache: list[KeyValue] | None, memory: Memory) -> Behind:
         assert cache is not None
         prefix = []
         for layer in cache:
             places = zip(*(part.transpose(1, 2).split(1, 1) for part in layer))
             prefix.append([(key, value) for key, value in places])
-        return Behind(prefix, [])
+        keys, mask = memory
+        folds = self.heads * mask.shape[3] <= self.dim
+        return Behind(prefix, [], [layer.fold(kv, mask) for layer, kv in zip(self.layers, keys)] if folds else [])
 
     def step(
         self, token_R: torch.Tensor, source_R: torch.Tensor, memory: Memory, state: Behind, beams: int, last: bool
@@ -130,7 +196,6 @@ class PreparedDecoder:
         own = [kept[source_R] for kept in state.own]
         out = self.tokens.new_empty(len(token_R), self.dim)
         grown = None if last else out.new_empty(len(out), 2 * self.dim * len(self.layers))
-        keys, mask = memory
         for first in range(0, len(out) // beams, USERS_AT_ONCE):
             users = slice(first, first + USERS_AT_ONCE)
             rows = slice(first * beams, (first + USERS_AT_ONCE) * beams)
@@ -141,23 +206,38 @@ class PreparedDecoder:
                     grown[rows, 2 * self.dim * i : 2 * self.dim * (i + 1)] = projected[:, self.dim :]
                 behind = [kept[rows, 2 * self.dim * i : 2 * self.dim * (i + 1)] for kept in own]
                 prefix = [(key[users], value[users]) for key, value in state.prefix[i]]
-                _add_product(x, self._attend(projected, prefix, behind, beams), layer.out)
-                query = self._product("query", layer.cross_norm(x), layer.cross_query.weight, layer.cross_query.bias)
-                query = query.view(-1, beams, self.heads, self.dim // self.heads).transpose(1, 2)
-                crossed = F.scaled_dot_product_attention(query, keys[i][0][users], keys[i][1][users], mask[users])
-                _add_product(x, crossed.transpose(1, 2).reshape(x.shape), layer.cross_out)
-                wide = self._product("wide", layer.ffn_norm(x), layer.wide.weight, layer.wide.bias)
-                _add_product(x, torch.ops.aten.gelu_(wide), layer.narrow)
+                layer.out.add_to(x, self._attend(projected, prefix, behind, beams))
+                if state.folded:
+                    self._cross_folded(layer, x, Folded(*(part[users] for part in state.folded[i])), beams)
+                else:
+                    self._cross(layer, x, memory[0][i][0][users], memory[0][i][1][users], memory[1][users], beams)
+                wide = layer.wide.into(layer.ffn_norm(x), self._buffer("wide", len(x), layer.wide.weight.shape[1]))
+                layer.narrow.add_to(x, torch.ops.aten.gelu_(wide))
             out[rows] = self.norm(x)
-        return out, Behind(state.prefix, own if grown is None else [*own, grown])
+        return out, Behind(state.prefix, own if grown is None else [*own, grown], state.folded)
+
+    def _cross_folded(self, layer: _Layer, x_RD: torch.Tensor, folded: Folded, beams: int) -> None:
+        """Add cross-attention in place."""
+        normed = layer.cross_norm(x_RD).view(-1, beams, self.dim)
+        weights = torch.baddbmm(folded.bias, folded.scores, normed.transpose(1, 2))  # softmax is faster across beams
+        weights = weights.view(len(weights), -1, self.heads, beams).softmax(1).view(weights.shape)
+        x_RD.view(normed.shape).baddbmm_(weights.transpose(1, 2), folded.out)
+
+    def _cross(
+        self, layer: _Layer, x_RD: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, beams: int
+    ) -> None:
+        """Add cross-attention in place, by the keys and values (B, H, S, E) themselves."""
+        query = layer.cross_query.into(layer.cross_norm(x_RD), self._buffer("query", len(x_RD), self.dim))
+        query = query.view(-1, beams, self.heads, self.dim // self.heads).transpose(1, 2)
+        crossed = F.scaled_dot_product_attention(query, key, value, mask)
+        layer.cross_out.add_to(x_RD, crossed.transpose(1, 2).reshape(x_RD.shape))
 
     def _project(self, i: int, x_RD: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values of a layer, (R, 3 D)."""
+        held = self._buffer("projected", len(token_R), self.first.shape[1])
         if not i:
-            held = self._buffer("projected", len(token_R), self.first.shape[1])
             return torch.index_select(self.first, 0, token_R, out=held)
-        layer = self.layers[i]
-        return self._product("projected", layer.norm(x_RD), layer.weight, layer.bias)
+        return self.layers[i].project.into(self.layers[i].norm(x_RD), held)
 
     def _attend(
         self, projected: torch.Tensor, prefix: list[KeyValue], behind: list[torch.Tensor], beams: int
@@ -177,17 +257,9 @@ class PreparedDecoder:
             mixed.addcmul_(weight, spread.copy_(value) if value.shape[1] == 1 else value)
         return mixed.view(-1, self.dim)
 
-    def _product(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(bias, x, weight.T, out=self._buffer(name, len(x), len(weight)))
-
     def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
         """Memory that the next use of the name overwrites: fresh memory of this size costs page faults."""
         held = self._buffers.get(name)
         if held is None or len(held) < rows:
             held = self._buffers[name] = self.tokens.new_empty(rows, width)
         return held[:rows]
-
-
-def _add_product(x_RD: torch.Tensor, part: torch.Tensor, linear: nn.Linear) -> None:
-    """x += linear(part), in place."""
-    x_RD.addmm_(part, linear.weight.T).add_(linear.bias)

@@ -93,10 +93,14 @@ class SearchTables:
             return finish(head(hidden_RD, nodes_R, level).float(), scores_R)
         query = head.query(hidden_RD)
         with torch.autocast(query.device.type, enabled=False), exact_products():
-            query = head._unit(query.float())
+            query = query.float()
+            if head.kind == "cosine":
+                query *= head.scale / query.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            else:
+                query *= head.scale
             if level == 0:  # dense first level: the same children for every row
-                return finish(query @ self._nodes[1 : 1 + self.trie.widths[0]].T * head.scale, scores_R)
-            return self.kernel.by_query(query * head.scale, self._nodes, nodes_R, scores_R, level)
+                return finish(query @ self._nodes[1 : 1 + self.trie.widths[0]].T, scores_R)
+            return self.kernel.by_query(query, self._nodes, nodes_R, scores_R, level)
 
 
 def _inner_tokens(model: CodeGenerator, nodes: torch.Tensor) -> torch.Tensor:

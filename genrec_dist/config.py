@@ -1,6 +1,6 @@
 """The whole configuration as pydantic models; YAML files only fill them.
 
-Every section but `runtime`, `report`, `name` and `references` decides what an artifact contains and
+Every section but `runtime`, `report`, `tracking`, `name` and `references` decides what an artifact contains and
 therefore enters its content hash. `runtime` says where and how fast the work is done, never what comes out.
 Unknown keys are refused with the nearest known name.
 """
@@ -414,6 +414,15 @@ class ReportConfig(Section):
     )
 
 
+class TrackingConfig(Section):
+    """Where the curves of a run's trainings go besides its own files; nothing here changes a result."""
+
+    tensorboard: bool = Field(True, description="event files in the run folder")
+    mlflow: str | None = Field(None, description="tracking URI of MLflow: file:PATH or http(s)://HOST")
+    wandb: str | None = Field(None, description="project of Weights & Biases")
+    offline: bool = Field(False, description="W&B: write to the run folder only, for `wandb sync` later")
+
+
 class VllmConfig(Section):
     """How vLLM engines run."""
 
@@ -546,6 +555,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     references: list[Reference] = ["popularity", "sasrec_cosine"]
     report: ReportConfig = ReportConfig()
+    tracking: TrackingConfig = TrackingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property
@@ -606,7 +616,12 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError("value is not YAML", where=f"--set {key}", got=raw, fix="quote it") from error
 
 
-def _merge(base: dict, key: str, value: Any) -> None:
+def merge_setting(base: dict, key: str, value: Any) -> None:
+    """Set the value of a dotted key in nested mappings, in place.
+
+    Raises:
+        ConfigError: a part of the key before the last one is no section.
+    """
     parts = key.split(".")
     for part in parts[:-1]:
         nested = base.setdefault(part, {})
@@ -624,7 +639,7 @@ def build_config(values: dict, overrides: list[str] | None = None, where: str = 
     """
     values = _copy(values)
     for text in overrides or []:
-        _merge(values, *parse_override(text))
+        merge_setting(values, *parse_override(text))
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -190,6 +190,50 @@ def study(
 
 @app.command()
 @guarded
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="YAML file, see configs/sweeps/.", show_default=False)
+    ],
+    settings: Overrides = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the sweep; default: the file's.")] = None,
+    parallel: Annotated[
+        int, typer.Option("--parallel", "--max-parallel", min=0, help="Trials at once; 0: as many as fit.")
+    ] = 0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
+    extend: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--extend",
+            metavar="depth=48|seed=3,4|file",
+            help="Add depths or seeds, or take in what the sweep file has come to have. Repeatable.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every trial with size, cost and time; start nothing.")
+    ] = False,
+    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="In a dry run, time real steps here.")] = True,
+    store: StorePath = STORE,
+    runs: RunsPath = RUNS,
+) -> None:
+    """Train a ladder of depths, or any grid, for several arms and seeds. The same command again goes on."""
+    from launcher import sweep as work
+    from launcher import torchrun
+
+    torchrun.refuse("sweep")
+    planned = work.prepare(config, name, settings or [], extend or [], runs)
+    if dry_run:
+        from launcher.sweep_dryrun import show_sweep
+
+        show_sweep(planned, store, work.machines_for_plan(planned), parallel, probe, out())
+        return
+    outcome = work.carry_out(
+        planned, store=store, parallel=parallel, retry_failed=retry_failed, command=sys.argv, console=out()
+    )
+    work.conclude(outcome, planned, out())
+
+
+@app.command()
+@guarded
 def status(run: RunName, json: AsJson = False, runs: RunsPath = RUNS) -> None:
     """State of a run from its folder: running, finished, failed or interrupted, stages, progress, metrics."""
     from genrec_dist.runs import RunFolder

@@ -91,32 +91,45 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
         return Plan(rows, None, None, [], notes, embedding)
     if counts.note != "exact":
         notes.append(f"counts: {counts.note}; what follows from them is an estimate too")
-    codebook = None
-    sizes: dict[str, tuple[ModelSize, int]] = {}
+    codebook, loops = None, []
     for section in trained_sections(config):
-        if section == "lightgcn":
-            sizes[section] = lightgcn_size(config.lightgcn, counts), counts.num_training_pairs
-        elif section == "fusion":
-            sizes[section] = _fusion(config, counts, finished.get("semantic"), notes)
-        elif section == "generator":
-            codebook = codebook_size(config, counts, finished.get("identifiers"))
-            if codebook.note != "exact":
-                notes.append(f"codebook: {codebook.note}; k-means that splits unevenly goes deeper")
-            width = integrated_width(config, finished.get("semantic"), notes)
-            sizes[section] = (
-                generator_size(config.generator, codebook, counts.num_items, width),
-                counts.num_prefixes,
-            )
-        elif section == "gpt":
-            codebook = codebook_size(config, counts, finished.get("identifiers"))
-            rows_of = max(counts.num_windows(config.gpt.max_history), 1)
-            mean = counts.num_prefixes / rows_of
-            sizes[section] = gpt_size(config.gpt, codebook, config.identifiers.rqvae.latent_dim, mean), rows_of
-        else:
-            rows_of = max(counts.num_windows(config.sasrec.max_history), 1)
-            mean = counts.num_prefixes / rows_of
-            sizes[section] = (sasrec_size(config.sasrec, counts.num_items, mean), rows_of)
-    return Plan(rows, counts, codebook, [_loop(config, n, *s) for n, s in sizes.items()], notes, embedding)
+        loop, book = section_loop(config, section, counts, finished, notes)
+        codebook = book or codebook
+        loops.append(loop)
+    return Plan(rows, counts, codebook, loops, notes, embedding)
+
+
+def section_loop(
+    config: Config, section: str, counts: Counts, finished: dict[str, Path], notes: list[str]
+) -> tuple[Loop, CodebookSize | None]:
+    """Sizes of one gradient loop, and the codebook that they follow from.
+
+    Args:
+        config: resolved configuration.
+        section: one of `trained_sections`.
+        counts: of the catalog.
+        finished: artifacts that are there, by stage name.
+        notes: get what had to be assumed.
+    """
+    codebook = None
+    if section == "lightgcn":
+        size, samples = lightgcn_size(config.lightgcn, counts), counts.num_training_pairs
+    elif section == "fusion":
+        size, samples = _fusion(config, counts, finished.get("semantic"), notes)
+    elif section == "generator":
+        codebook = codebook_size(config, counts, finished.get("identifiers"))
+        if codebook.note != "exact":
+            notes.append(f"codebook: {codebook.note}; k-means that splits unevenly goes deeper")
+        width = integrated_width(config, finished.get("semantic"), notes)
+        size, samples = generator_size(config.generator, codebook, counts.num_items, width), counts.num_prefixes
+    elif section == "gpt":
+        codebook = codebook_size(config, counts, finished.get("identifiers"))
+        samples = max(counts.num_windows(config.gpt.max_history), 1)
+        size = gpt_size(config.gpt, codebook, config.identifiers.rqvae.latent_dim, counts.num_prefixes / samples)
+    else:
+        samples = max(counts.num_windows(config.sasrec.max_history), 1)
+        size = sasrec_size(config.sasrec, counts.num_items, counts.num_prefixes / samples)
+    return _loop(config, section, size, samples), codebook
 
 
 def integrated_width(config: Config, semantic: Path | None, notes: list[str]) -> int:

@@ -32,7 +32,7 @@ from launcher.run import check_batches, is_finished, perform
 from launcher.streams import captured
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-WITHOUT_RESULT = {"name", "runtime", "report", "references"}
+WITHOUT_RESULT = {"name", "runtime", "report", "tracking", "references"}
 """Sections that change no number of a method."""
 
 

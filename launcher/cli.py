@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from genrec_dist import __version__
-from launcher.console import guarded, metrics_table, out, print_json
+from launcher.console import guarded, out, print_json
 
 app = typer.Typer(
     name="genrec",
@@ -234,19 +234,38 @@ def sweep(
 
 @app.command()
 @guarded
-def status(run: RunName, json: AsJson = False, runs: RunsPath = RUNS) -> None:
-    """State of a run from its folder: running, finished, failed or interrupted, stages, progress, metrics."""
+def status(
+    run: RunName,
+    json: AsJson = False,
+    watch: Annotated[
+        bool | None,
+        typer.Option(
+            "--watch/--no-watch", help="Refresh while it runs. Default: sweeps on a terminal.", show_default=False
+        ),
+    ] = None,
+    runs: RunsPath = RUNS,
+) -> None:
+    """State of a run or a sweep from its folder: running, finished, failed or interrupted, progress, metrics."""
     from genrec_dist.runs import RunFolder
-    from launcher.results import result_rows
-    from launcher.status import gather, show
+    from genrec_dist.studies.scaling.sweep_folder import SweepFolder
+    from launcher.status import gather, show_run, watch_run
 
-    found = gather(RunFolder.existing(runs, run))
-    if json:
-        print_json(found)
+    sweep = SweepFolder.find(runs, run)
+    if sweep is not None:
+        from launcher.sweep_status import SweepStatus, show_status
+
+        if json:
+            print_json(SweepStatus(sweep).gather())
+        else:
+            show_status(sweep, out(), watch)
         return
-    show(found, out())
-    if (found["metrics"] or {}).get("main"):
-        out().print(metrics_table(result_rows(found["metrics"])))
+    folder = RunFolder.existing(runs, run)
+    if json:
+        print_json(gather(folder))
+    elif watch:
+        watch_run(folder, out())
+    else:
+        show_run(gather(folder), out())
 
 
 @app.command()

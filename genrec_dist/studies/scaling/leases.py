@@ -111,6 +111,10 @@ class Leases:
         found = self._read(name)
         return None if found is None or self._is_stale(name, found) else found
 
+    def names(self) -> list[str]:
+        """Everything that is claimed, by whoever."""
+        return sorted(file.stem for file in self.folder.glob("*.json"))
+
     def _is_stale(self, name: str, holder: dict) -> bool:
         try:
             gone = Owner(holder["owner"], holder["host"], holder["pid"], holder["created"]).is_gone()

@@ -31,6 +31,8 @@ from launcher.failures import Stopped, explain
 from launcher.screen import StageScreen
 from launcher.signals import SignalWatch
 from launcher.streams import captured
+from launcher.trackers import check_tracking
+from launcher.tracking import Tracking
 
 EVENT_OF_EXIT = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
 
@@ -134,11 +136,12 @@ def perform(
 
     Raises:
         Stopped: anything went wrong or a signal arrived; events.jsonl and the log already say so.
-        ConfigError: another process is at work in this run folder.
+        ConfigError: another process is at work in this run folder, or a tracker's package is not installed.
         CheckpointError: resume='require' and there is nothing to continue from.
     """
     from genrec_dist.training import watchdog
 
+    check_tracking(config.tracking)
     if resume == "require":
         require_progress(stages, store)
     run = RunFolder(runs, config.name)
@@ -158,12 +161,14 @@ def perform(
         with SignalWatch() as signals, captured(log, to_stderr=to_stderr) as stream:
             screen = StageScreen(stream, len(needed), config.runtime.progress_seconds)
             run.say = screen.note
+            tracking = Tracking(config, run)
             watchdog.last_words = partial(_hung, run, screen, stream)
             try:
                 artifacts = ArtifactStore(store)
                 if resume == "never":
                     discard_unfinished(stages, artifacts)
-                execute(stages, artifacts, run, config.runtime, on_stage=screen.on_stage)
+                with tracking:
+                    execute(stages, artifacts, run, config.runtime, on_stage=_both(screen.on_stage, tracking.on_stage))
                 if finish is not None:
                     finish(run)
                 screen.close(failed=False)
@@ -180,6 +185,14 @@ def perform(
                 watchdog.last_words = None
                 _leave()
     return run
+
+
+def _both(*callbacks: Callable[[Stage, str, Path], None]) -> Callable[[Stage, str, Path], None]:
+    def call(stage: Stage, state: str, folder: Path) -> None:
+        for callback in callbacks:
+            callback(stage, state, folder)
+
+    return call
 
 
 def _hung(run: RunFolder, screen: StageScreen, stream: TextIO, text: str) -> None:

@@ -30,6 +30,7 @@ from launcher.sweep_pool import LocalPool, Pool
 from launcher.sweep_ray import RayPool, child_command, cluster_machines
 from launcher.sweep_run import Outcome, Scheduler
 from launcher.sweep_sizes import TrialSize, size_trials
+from launcher.trackers import check_tracking
 
 EXTENDABLE = {"depth": "depths", "seed": "seeds"}
 
@@ -78,6 +79,8 @@ def prepare(path: Path, name: str | None, settings: Sequence[str], extend: Seque
         extended[key] = [*extended.get(key, []), *(v for v in values if v not in extended.get(key, []))]
     wanted = extend_file(file, extended)
     plan = make_plan(folder.path.name, wanted, path.parent, methods.build_stages, check_batches, settings)
+    for trial in plan.trials:
+        check_tracking(trial.config.tracking)
     for key in ("backend", "ray_address"):
         different = {str(getattr(trial.config.runtime, key)) for trial in plan.trials}
         if len(different) > 1:

@@ -29,6 +29,7 @@ from genrec_dist.studies.sizes import (
     fusion_size,
     generator_size,
     gpt_size,
+    hstu_size,
     lightgcn_size,
     sasrec_size,
     training_memory,
@@ -112,6 +113,10 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
             rows_of = max(counts.num_windows(config.gpt.max_history), 1)
             mean = counts.num_prefixes / rows_of
             sizes[section] = gpt_size(config.gpt, codebook, config.identifiers.rqvae.latent_dim, mean), rows_of
+        elif section == "hstu":
+            rows_of = max(counts.num_windows(config.hstu.max_history), 1)
+            mean = counts.num_prefixes / rows_of
+            sizes[section] = hstu_size(config.hstu, counts.num_items, mean), rows_of
         else:
             rows_of = max(counts.num_windows(config.sasrec.max_history), 1)
             mean = counts.num_prefixes / rows_of

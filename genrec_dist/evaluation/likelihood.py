@@ -81,7 +81,7 @@ def dense_validation(
     for start, end in batched(count, batch_size, worker):
         worker.alive()
         batch = samples.gather(torch.arange(start, end, device=worker.device), max_history)
-        scores = score(batch["history"], batch["mask"]).float()
+        scores = score(batch).float()
         ranks[start:end] = target_ranks(scores, batch["target"])
         nats[start:end] = F.cross_entropy(scores * scale, batch["target"], reduction="none").double()
     bits = mean_bits(worker.sum(nats).cpu().numpy())

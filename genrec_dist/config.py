@@ -371,6 +371,32 @@ class SasrecConfig(Section):
     optim: OptimConfig = OptimConfig()
 
 
+class HstuConfig(Section):
+    """HSTU with full-catalog cross-entropy (Zhai et al. 2024)."""
+
+    dim: int = Field(128, ge=4)
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(2, ge=1)
+    dropout: float = Field(0.4, ge=0, lt=1)
+    max_history: int = Field(20, ge=1)
+    position_buckets: int = Field(32, ge=1, description="distances of two places that are told apart")
+    time_buckets: int = Field(64, ge=1, description="of the logarithm of the seconds between two items")
+    query_time: Literal["item", "target"] = Field(
+        "item",
+        description="moment that a place looks back from: its own item's, or the next item's, that of the request, as "
+        "in the authors' code; the other models do not know that",
+    )
+    similarity: Literal["inner", "cosine"] = "cosine"
+    temperature: float = Field(0.07, gt=0)
+    init_std: float = Field(0.02, gt=0, description="of item table, biases and input projections")
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> HstuConfig:
+        _check_heads("hstu", self.dim, self.num_heads)
+        return self
+
+
 class EvaluationConfig(Section):
     """Full-ranking leave-one-out evaluation."""
 
@@ -398,7 +424,7 @@ class EvaluationConfig(Section):
         return self
 
 
-Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine"]
+Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine", "hstu"]
 GENERATIVE = ("prorec", "csj_id", "semantic_id")
 """Methods that generate codes."""
 WITHOUT_EVALUATION = {"embed"}
@@ -541,7 +567,7 @@ class Config(Section):
     """One run."""
 
     name: str = "run"
-    method: Literal["prorec", "csj_id", "semantic_id", "sasrec", "popularity", "embed", "lightgcn"] = "prorec"
+    method: Literal["prorec", "csj_id", "semantic_id", "sasrec", "hstu", "popularity", "embed", "lightgcn"] = "prorec"
     seed: int = Field(0, ge=0)
     catalog: CatalogConfig = CatalogConfig(source="synthetic")
     semantic: SemanticConfig = SemanticConfig()
@@ -552,6 +578,7 @@ class Config(Section):
     generator: GeneratorConfig = GeneratorConfig()
     gpt: GptConfig = GptConfig()
     sasrec: SasrecConfig = SasrecConfig()
+    hstu: HstuConfig = HstuConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     references: list[Reference] = ["popularity", "sasrec_cosine"]
     report: ReportConfig = ReportConfig()

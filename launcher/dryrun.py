@@ -29,6 +29,7 @@ from genrec_dist.studies.sizes import (
     fusion_size,
     generator_size,
     gpt_size,
+    hstu_size,
     lightgcn_size,
     sasrec_size,
     training_memory,
@@ -126,6 +127,9 @@ def section_loop(
         codebook = codebook_size(config, counts, finished.get("identifiers"))
         samples = max(counts.num_windows(config.gpt.max_history), 1)
         size = gpt_size(config.gpt, codebook, config.identifiers.rqvae.latent_dim, counts.num_prefixes / samples)
+    elif section == "hstu":
+        samples = max(counts.num_windows(config.hstu.max_history), 1)
+        size = hstu_size(config.hstu, counts.num_items, counts.num_prefixes / samples)
     else:
         samples = max(counts.num_windows(config.sasrec.max_history), 1)
         size = sasrec_size(config.sasrec, counts.num_items, counts.num_prefixes / samples)

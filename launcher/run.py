@@ -105,6 +105,8 @@ def trained_sections(config: Config) -> list[str]:
     }.get(config.method, [])
     if config.method == "sasrec" or any(name.startswith("sasrec") for name in config.active_references):
         sections.append("sasrec")
+    if config.method == "hstu" or "hstu" in config.active_references:
+        sections.append("hstu")
     return sections
 
 

@@ -15,10 +15,12 @@ from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.collaborative.backbones import SasRec
 from genrec_dist.collaborative.losses import full_softmax, scale_of, similarity
 from genrec_dist.config import Config, SasrecConfig
-from genrec_dist.evaluation.dense import dense_ranks
-from genrec_dist.evaluation.metrics import rank_metrics
+from genrec_dist.evaluation.dense import by_history
+from genrec_dist.evaluation.likelihood import dense_validation
+from genrec_dist.generator.parameters import count_parameters
 from genrec_dist.generator.transformer import init_weights
 from genrec_dist.pipeline import Stage, StageContext
+from genrec_dist.studies.sizes import sasrec_size
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
@@ -84,15 +86,31 @@ class SasrecTask:
         self.model = SasrecModel(config, sequences.num_items).to(worker.device)
         self.batches = RowBatches.build(sequences, config.max_history, config.optim.batch_size, seed, worker.device)
         self.order = self.batches.order
+        self._flops = np.array(
+            [
+                sasrec_size(
+                    config.model_copy(update={"max_history": length}), sequences.num_items, length
+                ).training_flops
+                for length in range(config.max_history + 1)
+            ]
+        )
         self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
         return self.batches.local(indices, worker)
 
-    @torch.no_grad()
+    def tokens(self, indices: np.ndarray) -> int:
+        """Items of a global batch that are read."""
+        return self.batches.tokens_of(indices)
+
+    def flops(self, indices: np.ndarray) -> float:
+        """Model FLOPs of a step on this global batch, padding left out."""
+        return float(self._flops[self.batches.samples.lengths[indices]].sum())
+
     def validate(self, worker: Worker) -> dict[str, float]:
-        ranks = dense_ranks(self.model.score_catalog, self.valid, self.config.max_history, worker, limit=self.users)
-        return rank_metrics(ranks, [10])
+        scale = scale_of(self.config.similarity, self.config.temperature)
+        model, width = self.model, self.config.max_history
+        return dense_validation(by_history(model.score_catalog), scale, self.valid, width, worker, limit=self.users)
 
 
 def train_sasrec(worker: Worker, context: StageContext, settings: dict) -> None:
@@ -100,7 +118,8 @@ def train_sasrec(worker: Worker, context: StageContext, settings: dict) -> None:
     config = SasrecConfig.model_validate(settings["sasrec"])
     sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
     task = SasrecTask(config, sequences, worker, settings["seed"], settings["validation_users"])
+    sizes = count_parameters(task.model)
     engine = make_engine(task.model, config.optim, worker, context.runtime)
     summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])
     if worker.is_main:
-        write_json(context.out / "summary.json", summary)
+        write_json(context.out / "summary.json", summary | {"num_parameters": sizes})

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from genrec_dist.config import RuntimeConfig
-from genrec_dist.evaluation.dense import batched, mask_seen, target_ranks
+from genrec_dist.evaluation.dense import Scorer, batched, mask_seen, target_ranks
 from genrec_dist.evaluation.replay import Batch, BatchRunner
 from genrec_dist.generator.beam import CodeGenerator, DenseGenerator, beam_search, exact_log_probabilities
 from genrec_dist.generator.search_tables import SearchTables
@@ -70,6 +70,8 @@ class GenerativeRanker:
         tables: made of the model; None makes them.
     """
 
+    times = False
+
     def __init__(self, model: CodeGenerator, width: int, mix_weight: float, tables: SearchTables | None = None) -> None:
         self.model, self.width = model, width
         self.mix_weight = mix_weight if model.dense_token != "none" else 0.0
@@ -114,15 +116,16 @@ class DenseRanker:
     """Ranks of one batch from dense scores of the whole catalog.
 
     Args:
-        score: (history, mask) -> (B, num_items).
+        score: batch -> (B, num_items).
         max_history: widest history.
+        times: the scores need the items' times.
     """
 
-    def __init__(self, score, max_history: int) -> None:
-        self.score, self.max_history = score, max_history
+    def __init__(self, score: Scorer, max_history: int, times: bool = False) -> None:
+        self.score, self.max_history, self.times = score, max_history, times
 
     def __call__(self, batch: Batch, exact: bool = False) -> Batch:
-        scores = self.score(batch["history"], batch["mask"]).float()
+        scores = self.score(batch).float()
         return {
             "rank": target_ranks(scores, batch["target"]),
             "rank_masked": target_ranks(mask_seen(scores, batch), batch["target"]),

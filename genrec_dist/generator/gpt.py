@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from genrec_dist.config import GptConfig
-from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, node_means
+from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, item_nats, node_means
 from genrec_dist.generator.transformer import AddNorm, CausalLayer, KeyValue, init_weights
 from genrec_dist.identifiers.trie import Trie
 
@@ -152,6 +152,14 @@ class GptGenerator(nn.Module):
         total = torch.stack(losses).sum() / batch["count"]
         by_level = {f"loss_level_{level}": loss.detach() / batch["count"] for level, loss in enumerate(losses, 1)}
         return {"loss": total} | by_level
+
+    def target_nats(self, history_BS: torch.Tensor, mask_BS: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
+        """Negative log-probability of each target given its history, (B,) float32: see `item_nats`."""
+        place, row = mask_BS.sum(1), torch.arange(len(target_B), device=target_B.device)
+        items = torch.cat([history_BS, torch.zeros_like(target_B)[:, None]], 1)
+        items[row, place] = target_B
+        path_BL, depth_B = self.trie.item_path[target_B], self.trie.depth[target_B]
+        return item_nats(self.head, self.trie, self.states(items)[row, place], path_BL, depth_B)
 
     # Search
 

@@ -24,7 +24,7 @@ from genrec_dist.collaborative.losses import (
     similarity,
 )
 from genrec_dist.config import GeneratorConfig
-from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, node_means
+from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, item_nats, node_means
 from genrec_dist.generator.transformer import AddNorm, DecoderLayer, EncoderLayer, KeyValue, init_weights
 from genrec_dist.identifiers.trie import Trie
 
@@ -214,6 +214,17 @@ class Generator(nn.Module):
         if len(losses) == 1:
             return losses[0]
         return {name: torch.stack([loss[name] for loss in losses]).sum() for name in losses[0]}
+
+    def target_nats(self, history_BS: torch.Tensor, mask_BS: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
+        """Negative log-probability of each target given its history, (B,) float32: see `item_nats`.
+
+        One pass with the target's own codes as decoder input; no smoothing, no distillation token's score.
+        """
+        path_BL, depth_B = self.trie.item_path[target_B], self.trie.depth[target_B]
+        start = self.start_tokens(len(target_B))
+        x_BTD = torch.cat([start, self.path_tokens(path_BL[:, :-1])], 1)
+        hidden, _ = self.decode(x_BTD, self.encode(history_BS, mask_BS))
+        return item_nats(self.head, self.trie, hidden[:, start.shape[1] - 1 :], path_BL, depth_B)
 
     def _losses(self, batch: dict, table: torch.Tensor | None) -> dict[str, torch.Tensor]:
         config, target = self.config, batch["target"]

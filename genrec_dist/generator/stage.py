@@ -15,10 +15,11 @@ from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.config import Config, GeneratorConfig
 from genrec_dist.evaluation.generative import list_ranks
+from genrec_dist.evaluation.likelihood import code_bits
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.heads import DeviceTrie
 from genrec_dist.generator.model import Generator
-from genrec_dist.generator.parameters import load_parameters
+from genrec_dist.generator.parameters import count_parameters, load_parameters
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.studies.sizes import CodebookSize, generator_size
@@ -110,7 +111,9 @@ class GeneratorTask:
             mix_weight=self.settings["mix_weight"],
             limit=self.settings["validation_users"],
         )
-        return rank_metrics(ranks, [10])
+        limit = self.settings["validation_users"]
+        bits = code_bits(self.model.target_nats, self.valid, self.config.max_history, worker, limit)
+        return rank_metrics(ranks, [10]) | bits
 
 
 def step_costs(model: Generator) -> tuple[float, float, np.ndarray]:
@@ -152,7 +155,8 @@ def train_generator(worker: Worker, context: StageContext, settings: dict) -> No
     torch.manual_seed(settings["seed"])
     model = build_model(config, context.inputs["fusion"], context.inputs["identifiers"]).to(worker.device)
     task = GeneratorTask(model, sequences, worker, settings)
+    sizes = count_parameters(model)
     engine = make_engine(model, config.optim, worker, context.runtime)
     summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])
     if worker.is_main:
-        write_json(context.out / "summary.json", summary)
+        write_json(context.out / "summary.json", summary | {"num_parameters": sizes})

@@ -184,8 +184,14 @@ class FeedForward(nn.Sequential):
         return self[3](gelu_dropout(self[0](x), rate))
 
 
-class _Layer(nn.Module):
-    """What the layers share: pre-norm, and a last branch that the next norm adds.
+class Layer(nn.Module):
+    """What a model stacks to get deeper. Its `step` can be computed again in the backward pass."""
+
+    step: Callable[..., Any]
+
+
+class _Layer(Layer):
+    """What the Transformer's layers share: pre-norm, and a last branch that the next norm adds.
 
     `step` takes a state and a branch that is not added yet and returns both anew, so that sum, dropout and norm are one
     kernel where that pays; `forward` adds at once.
@@ -322,13 +328,13 @@ class CausalLayer(_SelfAttentionLayer):
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Make the Transformer layers of a model keep their inputs only, and compute the rest again in the backward pass.
+    """Make the layers of a model keep their inputs only, and compute the rest again in the backward pass.
 
     Dropout draws the same numbers again. Layers used in search or evaluation are not changed by it.
     """
     for layer in model.modules():
-        if isinstance(layer, EncoderLayer | DecoderLayer | CausalLayer):
-            layer.step = partial(_recomputed, layer, layer.step)  # type: ignore[method-assign]
+        if isinstance(layer, Layer):
+            layer.step = partial(_recomputed, layer, layer.step)
 
 
 def _recomputed(layer: nn.Module, step: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Sizes before anything runs: parameters by group, FLOPs, memory and batch arithmetic, by formula from the settings.
 
-Pure arithmetic; imports no torch. The formulas follow generator/model.py, collaborative/fusion.py and
-baselines/sasrec.py, and the tests count the same on the real modules.
+Pure arithmetic; imports no torch. The formulas follow generator/model.py, collaborative/fusion.py,
+baselines/sasrec.py and baselines/hstu.py, and the tests count the same on the real modules.
 
 Conventions: a multiply-add is 2 FLOPs; only matrix products count; training is 3 x forward (backward twice the
 forward); histories are taken as padded to `max_history`, so FLOPs and activations are upper bounds of a step.
@@ -18,6 +18,7 @@ from genrec_dist.config import (
     FusionConfig,
     GeneratorConfig,
     GptConfig,
+    HstuConfig,
     IdentifierConfig,
     LightgcnConfig,
     OptimConfig,
@@ -311,6 +312,23 @@ def sasrec_size(config: SasrecConfig, num_items: int, mean_targets: float = 1.0)
     }
     flops = config.num_layers * encoder_layer_flops(dim, 4, history) + 2.0 * dim * num_items * mean_targets
     values = config.num_layers * _layer_values(dim, 4, config.num_heads, history, history)
+    return ModelSize(parameters, {}, flops, values + 3.0 * num_items * mean_targets)
+
+
+def hstu_size(config: HstuConfig, num_items: int, mean_targets: float = 1.0) -> ModelSize:
+    """HSTU with full cross-entropy at every place of a row; arguments as of `sasrec_size`.
+
+    A layer has five D x D products a place, and scores and weighted sum over all places.
+    """
+    dim, places, layers = config.dim, config.max_history, config.num_layers
+    parameters = {
+        "item embeddings": num_items * dim,
+        "inputs": places * dim + layers * (config.position_buckets + config.time_buckets + 1),
+        "layers": layers * (4 * dim**2 + linear(dim, dim)) + 2 * dim * (config.similarity == "inner"),
+    }
+    flops = layers * (2.0 * places * 5 * dim**2 + 4.0 * places**2 * dim) + 2.0 * dim * num_items * mean_targets
+    # A place keeps input, norm, projection before and after SiLU, values read, their norm, gated ones, a mask: 14 D.
+    values = layers * (14.0 * places * dim + (3.0 * config.num_heads + 1) * places**2)
     return ModelSize(parameters, {}, flops, values + 3.0 * num_items * mean_targets)
 
 

@@ -65,6 +65,7 @@ class LoopState:
     step: int = 0
     best: float = -1.0
     best_step: int = 0
+    best_flops: float = 0.0
     waited: int = 0
     stopped: bool = False
     curve_lines: int = 0
@@ -142,7 +143,8 @@ def train(
         checkpoint_epochs: epochs between checkpoints, besides those by clock and steps.
 
     Returns:
-        Summary: steps, best step, best validation metric, seconds, whether it stopped early.
+        Summary: steps, best step, best validation metric, seconds, whether it stopped early, and, of a task that says
+        what a step costs, model FLOPs up to the best validation and in all.
 
     Raises:
         TrainingError: the loss is not finite; nothing was updated by that step.
@@ -203,7 +205,18 @@ def train(
                 if validates or state.step == total:
                     watchdog.beat("validation")
                     with meter.validating():
-                        best = _validate(task, engine, config, watchdog.worker, state, best, curves, per_epoch, monitor)
+                        best = _validate(
+                            task,
+                            engine,
+                            config,
+                            watchdog.worker,
+                            state,
+                            best,
+                            curves,
+                            per_epoch,
+                            monitor,
+                            meter.spent(),
+                        )
                 due, stopping = _decide(worker, cadence, state.step, stop)
                 if due or stopping or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
                     watchdog.beat("checkpoint")
@@ -230,6 +243,7 @@ def train(
         "best_step": state.best_step,
         f"best_valid_{monitor}": state.best,
         "stopped_early": state.stopped,
+        **({"best_flops": state.best_flops, **meter.spent()} if meter.flops else {}),
         **meter.summary(),
     }
 
@@ -358,6 +372,7 @@ def _validate(
     curves: _Curves,
     per_epoch: int,
     monitor: str,
+    spent: dict[str, float],
 ) -> State | None:
     engine.model.eval()
     with engine.whole():
@@ -369,9 +384,10 @@ def _validate(
             expected="at least one user with three interactions",
             fix="loosen the k-core filter or check the source",
         )
-    curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **metrics)
+    curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **spent, **metrics)
     if metrics[monitor] > state.best or best is None:
         state.best, state.best_step, state.waited = metrics[monitor], state.step, 0
+        state.best_flops = spent.get("flops", 0.0)
         return engine.best()
     state.waited += 1
     state.stopped = state.waited >= config.patience

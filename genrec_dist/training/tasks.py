@@ -117,10 +117,17 @@ class RowBatches:
 
     @classmethod
     def build(
-        cls, sequences: Sequences, width: int, batch_size: int, seed: int, device: torch.device, buckets: int = 0
+        cls,
+        sequences: Sequences,
+        width: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        buckets: int = 0,
+        times: bool = False,
     ) -> RowBatches:
         """Windows of the train part in the order of `seed`; with buckets, of like length and cut to it."""
-        samples = row_samples(sequences, width, device)
+        samples = row_samples(sequences, width, device, times=times)
         return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets))
 
     def local(self, indices: np.ndarray, worker: Worker) -> dict:

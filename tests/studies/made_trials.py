@@ -18,6 +18,9 @@ def power(e: float, a: float, alpha: float) -> Curve:
     return lambda depth: e + a * depth**-alpha
 
 
+LOSS_CURVE, NDCG_CURVE = power(8.0, 2.0, 0.5), power(0.06, -0.02, 0.6)
+
+
 def trial(arm: str, depth: int, seed: int, bits: float | None, ndcg: float, **more) -> Trial:
     """A finished run."""
     layers = LAYER * depth
@@ -56,8 +59,8 @@ def trial(arm: str, depth: int, seed: int, bits: float | None, ndcg: float, **mo
 
 def sweep(
     arm: str = "prorec",
-    bits: Curve | None = power(8.0, 2.0, 0.5),
-    ndcg: Curve = power(0.06, -0.02, 0.6),
+    bits: Curve | None = LOSS_CURVE,
+    ndcg: Curve = NDCG_CURVE,
     noise: float = 0.004,
     depths: Sequence[int] = DEPTHS,
     seeds: int = 3,

@@ -1,8 +1,8 @@
 """The two claims of PRORec's Figure 6, judged by differences between depths that are paired by seed.
 
-The paper says in words, without numbers: PRORec goes on improving up to 32 layers; HSTU stands still at eight layers and
-declines beyond. Both speak of Amazon Beauty. Pairs by seed share data order and start, so their difference varies less
-than two runs do. Fits no curve.
+The paper says in words, without numbers, of Amazon Beauty: PRORec goes on improving up to 32 layers; HSTU stands still
+at eight and declines beyond. Runs of one seed share the order of their batches, so their difference varies less than that
+of two unrelated runs. Fits no curve.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def judge(trials: Sequence[Trial], claim: Claim, metric: str) -> ClaimVerdict:
     name = f"{metric.replace('ndcg', 'NDCG').replace('recall', 'Recall')}, {claim.deep} against {claim.base} layers"
     if difference is None:
         missing = [str(depth) for depth in (claim.base, claim.deep) if not values.get(depth)]
-        why = f"no finished run of {claim.arm} at {' or '.join(missing)} layers" if missing else "no seed has both depths"
+        why = (
+            f"no finished run of {claim.arm} at {' or '.join(missing)} layers" if missing else "no seed has both depths"
+        )
         return ClaimVerdict(claim, metric, "undecided", f"{name}: {why}.", None, slope, None)
     shared = values[claim.deep].keys() & values[claim.base].keys()
     base_mean = float(np.mean([values[claim.base][s] for s in shared]))
@@ -124,8 +126,9 @@ def judge(trials: Sequence[Trial], claim: Claim, metric: str) -> ClaimVerdict:
         judgement = "confirmed" if (low > 0) == (claim.sign > 0) else "contradicted"
     sentence = f"{said}, 95% interval {low:+.4f} to {high:+.4f}, {seeds}."
     if slope and slope.interval:
-        sentence += f" A doubling from {claim.base} layers on: {slope.mean:+.4f} ({slope.interval[0]:+.4f} to {slope.interval[1]:+.4f})."
-    return ClaimVerdict(claim, metric, judgement, sentence, difference, slope, base_mean)
+        span = f"{slope.interval[0]:+.4f} to {slope.interval[1]:+.4f}"
+        sentence += f" A doubling from {claim.base} layers on: {slope.mean:+.4f} ({span})."
+    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), difference, slope, base_mean)
 
 
 def judge_all(trials: Sequence[Trial]) -> list[ClaimVerdict]:

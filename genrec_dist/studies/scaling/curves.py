@@ -217,9 +217,7 @@ def _linear_part(f, log_y, sign, bounds, delta):
         w2 = w1 / p
         target = w1 - w1 * residual
         w2g = w2 * g
-        t0, t1 = _in_box(
-            w2.sum(-1), w2g.sum(-1), (w2g * g).sum(-1), target.sum(-1), (target * g).sum(-1), bounds
-        )
+        t0, t1 = _in_box(w2.sum(-1), w2g.sum(-1), (w2g * g).sum(-1), target.sum(-1), (target * g).sum(-1), bounds)
         goal = t0[..., None] + g * t1[..., None]
         room = (np.float64(2 / 3) * p / np.maximum(p - goal, 1e-300)).min(-1)
         room = np.where(room > 0, np.minimum(room, 1.0), 1.0)
@@ -229,7 +227,7 @@ def _linear_part(f, log_y, sign, bounds, delta):
 
 
 def _in_box(s00, s01, s11, b0, b1, bounds):
-    """Minimum of c'Sc - 2 b'c with each coordinate in its bounds: the free one where it is feasible, else on an edge."""
+    """Minimum of c'Sc - 2 b'c in a box: the free one where it is feasible, else the best on an edge."""
     (low0, high0), (low1, high1) = bounds
     with np.errstate(divide="ignore", invalid="ignore"):
         determinant = s00 * s11 - s01**2

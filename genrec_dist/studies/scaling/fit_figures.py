@@ -21,8 +21,11 @@ from genrec_dist.studies.scaling.plot import (
     bars,
     colour,
     dots,
-    label,
+    end_labels,
     line,
+    log_ticks,
+    numbers,
+    scientific,
     si,
     swatches,
 )
@@ -31,6 +34,11 @@ from genrec_dist.studies.scaling.study import MAIN_SIZE, Case, ScalingStudy
 
 GRID_POINTS = 90
 OTHER_SIZES = tuple(size for size in SIZES if size not in (MAIN_SIZE, COMPUTE))
+
+
+def title_of(quantity: str) -> str:
+    """Heading of a panel."""
+    return QUANTITIES[quantity][0].upper() + QUANTITIES[quantity][1:]
 
 
 def size_title(size: str) -> str:
@@ -63,6 +71,8 @@ def excess_over_sizes(study: ScalingStudy) -> Plot | None:
     lost = 0
     for size in (MAIN_SIZE, COMPUTE):
         traces, notes = [], []
+        drawn_x: list[float] = []
+        drawn_y: list[float] = []
         for arm, case in _cases(study, size, LOSS):
             if case.fit is None:
                 continue
@@ -71,22 +81,24 @@ def excess_over_sizes(study: ScalingStudy) -> Plot | None:
             shown = excess > 0
             lost += int((~shown).sum())
             hover = _hover(points.where(shown))
+            drawn_x += numbers(points.x)
+            drawn_y += numbers(excess[shown])
             traces.append(dots(points.x[shown], excess[shown], index, arm, hover))
             if power.a > 0:
                 x = np.geomspace(points.x.min(), points.x.max(), GRID_POINTS)
                 y = power.a * x**-power.alpha
                 traces.insert(0, line(x, y, colour(index), arm))
-                end = (np.log10(x[-1]), np.log10(y[-1]))
-                notes.append(label(arm, *end, colour(index)))
+                drawn_y += numbers(y)
+                notes.append((arm, np.log10(x[-1]), np.log10(y[-1]), colour(index)))
             rows += [
                 {"arm": arm, "over": size, "depth": d, "seed": s, "x": x, "loss_minus_E": e, "E": power.e}
                 for d, s, x, e in _columns(points, excess)
             ]
-        if traces:
+        if drawn_y:
             layout = {
-                "xaxis": axis(size_title(size), log=True, **_ticks(size)),
-                "yaxis": axis("L − E, bits an item", log=True),
-                "annotations": notes,
+                "xaxis": axis(size_title(size), log=True, **_ticks(size, drawn_x)),
+                "yaxis": axis("L − E, bits an item", log=True, **log_ticks(drawn_y)),
+                "annotations": end_labels(notes, np.log10(min(drawn_y)), np.log10(max(drawn_y)), 250),
                 "margin": _margin(study),
             }
             panels.append(Panel(f"L − E against {_short(size)}", traces, layout))
@@ -94,7 +106,9 @@ def excess_over_sizes(study: ScalingStudy) -> Plot | None:
         return None
     caption = "Loss above its fitted floor E. On these axes a power law is a straight line of slope −α."
     if lost:
-        caption += f" {lost} run{'s lie' if lost > 1 else ' lies'} below the floor and cannot be drawn; the CSV has them."
+        caption += (
+            f" {lost} run{'s lie' if lost > 1 else ' lies'} below the floor and cannot be drawn; the CSV has them."
+        )
     return Plot("excess-loss", panels, caption, rows, swatches(study.arms))
 
 
@@ -110,8 +124,8 @@ def metrics_over_size(study: ScalingStudy) -> Plot | None:
     if not panels:
         return None
     caption = (
-        "Small marks: runs. Large marks: means over seeds with their 95% t intervals, where a depth has several. Line and "
-        "band: M∞ − A N^−α, fitted to the runs."
+        "Small marks: runs. Large marks: means over seeds with their 95% t intervals, where a depth has several. "
+        "Line and band: M∞ − A N^−α, fitted to the runs."
     )
     return Plot("metrics", panels, caption, rows, swatches(study.arms))
 
@@ -120,7 +134,8 @@ def extrapolation(study: ScalingStudy) -> Plot | None:
     """Runs deeper than those of the fit beside their prediction intervals."""
     panels, rows = [], []
     for quantity in study.quantities():
-        traces, ticks = [], []
+        traces: list[dict] = []
+        ticks: list[str] = []
         for arm, case in _cases(study, MAIN_SIZE, quantity):
             prediction = case.fit.prediction if case.fit else None
             if prediction is None:
@@ -132,18 +147,22 @@ def extrapolation(study: ScalingStudy) -> Plot | None:
                 ticks.append(f"{arm}<br>{depth} layers")
                 mean = prediction.predicted[at].mean()
                 low, high = prediction.interval[:, at].mean(axis=1)
+                said = f"{arm}, {depth} layers\npredicted {mean:.4f}\n95% {low:.4f} to {high:.4f}"
                 traces.append(
                     dots(
-                        [place - 0.12], [mean], index, arm, [f"{arm}, {depth} layers\npredicted {mean:.4f}\n95% {low:.4f} to {high:.4f}"],
+                        [place - 0.12], [mean], index, arm, [said],
                         marker={"color": colour(index), "symbol": "line-ew-open", "size": 16, "line": {"width": 2}},
-                        error_y=bars([mean], [low], [high], colour(index)),
+                        error_y=bars([mean], [(low, high)], colour(index)),
                     )
                 )  # fmt: skip
-                traces.append(dots([place + 0.12] * len(at), held.y[at], index, arm, _hover(held.where(held.depth == depth))))
+                traces.append(
+                    dots([place + 0.12] * len(at), held.y[at], index, arm, _hover(held.where(held.depth == depth)))
+                )
             rows += [
                 {
                     "arm": arm, "quantity": quantity, "over": MAIN_SIZE, "fitted_to_depth": prediction.fitted_to,
-                    "depth": d, "seed": s, "x": x, "actual": y, "predicted": float(p), "low": float(lo), "high": float(hi),
+                    "depth": d, "seed": s, "x": x, "actual": y, "predicted": float(p), "low": float(lo),
+                    "high": float(hi),
                 }
                 for (d, s, x, y), p, lo, hi in zip(
                     _columns(held, held.y), prediction.predicted, *prediction.interval, strict=True
@@ -151,18 +170,20 @@ def extrapolation(study: ScalingStudy) -> Plot | None:
             ]  # fmt: skip
         if traces:
             layout = {
-                "xaxis": axis("", tickvals=list(range(len(ticks))), ticktext=ticks, range=[-0.5, len(ticks) - 0.5], showgrid=False),
+                "xaxis": axis(
+                    "", tickvals=list(range(len(ticks))), ticktext=ticks, range=[-0.5, len(ticks) - 0.5], showgrid=False
+                ),
                 "yaxis": axis(QUANTITIES[quantity]),
             }
-            panels.append(Panel(QUANTITIES[quantity], traces, layout, 300))
+            panels.append(Panel(title_of(quantity), traces, layout, 300))
     if not panels:
         return None
     fitted_to = rows[0]["fitted_to_depth"]
     caption = (
-        f"A power law in {SIZES[MAIN_SIZE]} was fitted to runs of at most {fitted_to} layers and asked for the deeper ones. Bar: "
-        "prediction with the 95% interval of one run. Marks beside it: the runs themselves."
+        f"A power law in {SIZES[MAIN_SIZE]} was fitted to runs of at most {fitted_to} layers and asked for the deeper "
+        "ones. Bar: prediction with the 95% interval of one run. Marks beside it: the runs themselves."
     )
-    return Plot("extrapolation", panels, caption, rows, swatches(study.arms))
+    return Plot("extrapolation", panels, caption, rows, swatches(study.arms), small=True)
 
 
 def _curves(
@@ -172,7 +193,7 @@ def _curves(
     bands: list[dict] = []
     lines: list[dict] = []
     marks: list[dict] = []
-    notes: list[dict] = []
+    notes: list[tuple[str, float, float, str]] = []
     rows: list[Row] = []
     for arm, case in cases:
         points, index = case.points, study.arms.index(arm)
@@ -193,7 +214,7 @@ def _curves(
                 marks.append(dots(points.x, shift, index, arm, _hover(points, shift), yaxis="y2"))
         if means:
             marks += _means(points, index, arm)
-        notes.append(label(arm, np.log10(ends[0]), np.log10(ends[1]) if log_y else ends[1], stroke))
+        notes.append((arm, np.log10(ends[0]), np.log10(ends[1]) if log_y else ends[1], stroke))
         rows += [
             {
                 "arm": arm, "over": points.size, "quantity": points.quantity, "depth": d, "seed": s, "x": x, "value": y,
@@ -205,10 +226,14 @@ def _curves(
             for edges in [case.fit.power.band(np.array([x]))[:, 0] if case.fit else None]
         ]  # fmt: skip
     size, quantity = cases[0][1].points.size, cases[0][1].points.quantity
+    shown = [float(y) for _, case in cases for y in case.points.y]
+    low, high = (np.log10(min(shown)), np.log10(max(shown))) if log_y else (min(shown), max(shown))
     layout: dict[str, Any] = {
-        "xaxis": axis(size_title(size), log=True, **_ticks(size)),
+        "xaxis": axis(
+            size_title(size), log=True, **_ticks(size, [float(x) for _, case in cases for x in case.points.x])
+        ),
         "yaxis": axis(QUANTITIES[quantity], log=log_y),
-        "annotations": notes,
+        "annotations": end_labels(notes, low, high, 260),
         "margin": _margin(study),
     }
     if residuals:
@@ -220,20 +245,19 @@ def _curves(
 
 def _means(points: Points, index: int, arm: str) -> list[dict]:
     """Means over seeds with their intervals, at the mean size of a depth."""
-    x, y, low, high, hover = [], [], [], [], []
+    x, y, edges, hover = [], [], [], []
     for depth in points.depths:
         at = points.depth == depth
         found = mean_with_interval(points.y[at])
         if found.interval:
             x.append(np.exp(np.log(points.x[at]).mean()))
             y.append(found.mean)
-            low.append(found.interval[0])
-            high.append(found.interval[1])
+            edges.append(found.interval)
             hover.append(
                 f"{arm}, {depth} layers\nmean {found.mean:.4f} of {found.num_seeds} seeds\n"
                 f"95% {found.interval[0]:.4f} to {found.interval[1]:.4f}"
             )
-    return [dots(x, y, index, arm, hover, error_y=bars(y, low, high, colour(index)))] if x else []
+    return [dots(x, y, index, arm, hover, error_y=bars(y, edges, colour(index)))] if x else []
 
 
 def _cases(study: ScalingStudy, size: str, quantity: str) -> list[tuple[str, Case]]:
@@ -252,24 +276,21 @@ def _columns(points: Points, values: np.ndarray):
 def _hover(points: Points, residual: np.ndarray | None = None) -> list[str]:
     said = []
     for i, (depth, seed, x, y) in enumerate(_columns(points, points.y)):
-        text = f"{points.arm}, {depth} layers, seed {seed}\n{_symbol(points.size)} = {si(x)}\n{QUANTITIES[points.quantity]}: {y:.4f}"
+        where = f"C = {scientific(x)}" if points.size == COMPUTE else f"N = {si(x)}"
+        text = f"{points.arm}, {depth} layers, seed {seed}\n{where}\n{QUANTITIES[points.quantity]}: {y:.4f}"
         said.append(text if residual is None else f"{text}\nresidual {residual[i]:+.2f}%")
     return said
-
-
-def _symbol(size: str) -> str:
-    return "C" if size == COMPUTE else "N"
 
 
 def _short(size: str) -> str:
     return "training compute" if size == COMPUTE else SIZES[size]
 
 
-def _ticks(size: str) -> dict[str, Any]:
-    return {"exponentformat": "power"} if size == COMPUTE else {}
+def _ticks(size: str, values: Sequence[float]) -> dict[str, Any]:
+    return log_ticks(values, power=size == COMPUTE) or ({"exponentformat": "power"} if size == COMPUTE else {})
 
 
 def _margin(study: ScalingStudy) -> dict[str, int]:
     """Room for the names at the right."""
     longest = max(len(arm) for arm in study.arms)
-    return {"l": 58, "r": 14 + 8 * min(longest, 14), "t": 10, "b": 46}
+    return {"l": 58, "r": 14 + 8 * min(longest, 14), "t": 26, "b": 46}

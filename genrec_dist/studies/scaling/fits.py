@@ -1,9 +1,9 @@
 """Scaling fits of one arm: parameters with intervals, choice between families, prediction of runs left out.
 
 All runs enter, no mean over seeds does. The loss is the sum over runs of Huber losses of log residuals with
-delta = 0.001 (Hoffmann et al. 2022, approach 3). Besiroglu et al. 2024 showed what went wrong there: the mean instead of
-the sum let the optimiser stop early, and the intervals came out too narrow. Here the search is exhaustive (curves.py) and
-the coverage of the intervals is measured by a test. Reads points, writes nothing, draws nothing.
+delta = 0.001 (Hoffmann et al. 2022, approach 3). Besiroglu et al. 2024 showed what went wrong there: the mean instead
+of the sum let the optimiser stop early, and the intervals came out too narrow. Here the search is exhaustive
+(curves.py) and a test measures how often the intervals cover the truth. Reads points, writes nothing, draws nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FamilyFit:
     Args:
         solution: its parameters.
         aicc: Akaike's criterion for small samples; lower is better, infinite where there are too few runs.
-        left_out_error: root mean square of the log error at depths that were left out in turn; None for fewer than
+        left_out_error: root mean square relative error at depths that were left out in turn; None for fewer than
             three depths.
     """
 
@@ -153,7 +153,7 @@ def _fit_family(points: Points, curve: Curve) -> FamilyFit:
             continue
         left_out = points.where(points.depth == depth)
         predicted = fit_curve(kept, curve.name).predict(left_out.x)[0]
-        errors.append(np.log(np.maximum(predicted, 1e-12)) - np.log(left_out.y))
+        errors.append(predicted / left_out.y - 1)
     error = float(np.sqrt((np.concatenate(errors) ** 2).mean())) if len(errors) > 2 else None
     return FamilyFit(solution, aicc(residuals, curve.num_parameters), error)
 
@@ -161,8 +161,8 @@ def _fit_family(points: Points, curve: Curve) -> FamilyFit:
 def aicc(residuals: np.ndarray, num_parameters: int) -> float:
     """Akaike's information criterion, corrected for small samples, under the density that the Huber loss belongs to.
 
-    That density is exp(-huber(r) / (delta b)) / Z(b): normal within delta, exponential outside, of scale b, which counts
-    as a parameter. So families are compared by the very sum that was minimised.
+    That density is exp(-huber(r) / (delta b)) / Z(b): normal within delta, exponential outside, of scale b, which
+    counts as a parameter. So families are compared by the very sum that was minimised.
 
     Args:
         residuals: of log y, (num_runs,).

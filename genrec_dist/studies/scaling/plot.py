@@ -1,4 +1,4 @@
-"""Interactive figures as Plotly specifications in plain dictionaries; theme, colours, number formats, files beside them.
+"""Interactive figures as Plotly specifications in plain dictionaries: theme, colours, number formats, rows of numbers.
 
 The page gives colours of text and grid at drawing time (`INK`, `SOFT`, `LINE` are CSS variables), so that a figure
 follows the light or dark setting. Knows nothing of trials.
@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, ClassVar
 
+import numpy as np
 from markupsafe import Markup
 
 from genrec_dist.studies.plots import COLOURS
 
 INK, SOFT, LINE = "var(--ink)", "var(--soft)", "var(--line)"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+LABEL_PIXELS = 15
 GLYPHS = "●■◆▲✚✖★⬟"
-Row = dict[str, str | int | float | None]
+Row = dict[str, Any]
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Panel:
     title: str
     traces: list[dict[str, Any]]
     layout: dict[str, Any]
-    height: int = 340
+    height: int = 350
 
     @property
     def spec(self) -> Markup:
@@ -47,11 +50,12 @@ class Panel:
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12, "color": INK},
-            "margin": {"l": 58, "r": 16, "t": 10, "b": 46},
+            "margin": {"l": 58, "r": 16, "t": 26, "b": 46},
             "showlegend": False,
             "hovermode": "closest",
             "hoverlabel": {"align": "left"},
             "dragmode": "zoom",
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": SOFT, "activecolor": INK},
         }
         text = json.dumps({"data": self.traces, "layout": theme | self.layout}, allow_nan=False)
         return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))
@@ -67,6 +71,7 @@ class Plot:
     caption: str
     rows: Sequence[Row]
     legend: Sequence[tuple[str, str, str]] = ()
+    small: bool = False
 
     def csv(self) -> str:
         """Rows under the union of their columns, numbers in full."""
@@ -126,13 +131,13 @@ def band(x, low, high, stroke: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bars(values, low, high, stroke: str) -> dict[str, Any]:
-    """Error bars of points, from low to high."""
-    values, low, high = numbers(values), numbers(low), numbers(high)
+def bars(values, edges, stroke: str) -> dict[str, Any]:
+    """Error bars of points, from low to high; `edges` are pairs."""
+    values = numbers(values)
     return {
         "type": "data", "symmetric": False, "thickness": 1.8, "width": 0, "color": stroke,
-        "array": [h - v for v, h in zip(values, high, strict=True)],
-        "arrayminus": [v - b for v, b in zip(values, low, strict=True)],
+        "array": [float(high - v) for v, (_, high) in zip(values, edges, strict=True)],
+        "arrayminus": [float(v - low) for v, (low, _) in zip(values, edges, strict=True)],
     }  # fmt: skip
 
 
@@ -168,4 +173,47 @@ def si(value: float | None, digits: int = 3) -> str:
             break
         if value >= size:
             return f"{value / size:.{digits}g}{suffix}" if value < 999.5 * size else f"{value / size:,.0f}{suffix}"
-    return f"{value:.2e}" if value >= 1e16 else f"{value:.{digits}g}"
+    return scientific(value) if value >= 1e16 else f"{value:.{digits}g}"
+
+
+def scientific(value: float | None, digits: int = 2) -> str:
+    """A number as 4.80×10¹⁵."""
+    if value is None:
+        return "–"
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+
+
+def log_ticks(values, power: bool = False) -> dict[str, Any]:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times powers of ten; nothing where that gives fewer than three.
+
+    Args:
+        values: that the axis has to show.
+        power: write powers of ten, not 200k.
+    """
+    low, high = min(values), max(values)
+    decades = np.log10(high / low)
+    steps = (1, 2, 5) if decades < 2.2 else (1,)
+    first = int(np.floor(np.log10(low)))
+    places = [step * 10.0**p for p in range(first, first + int(decades) + 3) for step in steps]
+    kept = [place for place in places if low / 1.3 <= place <= high * 1.3]
+    if len(kept) < 3:
+        return {}
+    return {"tickvals": kept, "ticktext": [scientific(v, 0).removeprefix("1×") if power else si(v) for v in kept]}
+
+
+def end_labels(ends: Sequence[tuple[str, float, float, str]], low: float, high: float, height: int) -> list[dict]:
+    """Names at the ends of curves, pushed apart where they would cover each other.
+
+    Args:
+        ends: (name, x, y, colour) in the coordinates of `label`.
+        low, high: what the y axis shows.
+        height: of the drawing area in pixels.
+    """
+    pixels = height / max(high - low, 1e-12)
+    notes, last = [], -np.inf
+    for name, x, y, stroke in sorted(ends, key=lambda end: end[2]):
+        place = max(y * pixels, last + LABEL_PIXELS)
+        notes.append(label(name, x, y, stroke, yshift=round(place - y * pixels)))
+        last = place
+    return notes

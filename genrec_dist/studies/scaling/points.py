@@ -127,5 +127,4 @@ def points_of(trials: Sequence[Trial], arm: str, size: str, quantity: str) -> Po
                 )
         rows[trial.depth, trial.seed] = float(x), float(y)
     table = np.array([(*value, *key) for key, value in rows.items()], dtype=float).reshape(-1, 4)
-    x, y, depth, seed = table.T
-    return Points(arm, size, quantity, x, y, depth.astype(int), seed.astype(int))
+    return Points(arm, size, quantity, table[:, 0], table[:, 1], table[:, 2].astype(int), table[:, 3].astype(int))

@@ -87,7 +87,11 @@ def _sections(study: ScalingStudy, facts: Mapping[str, str]) -> list[Section]:
     """Those that have anything to show."""
     plan: list[tuple[str, str, Sequence[Block | Plot | None]]] = [
         ("verdicts", "Verdicts", [tables.verdicts(study)] if study.cases else []),
-        ("figure-6", "PRORec's Figure 6", [tables.claims(study) if study.claims else None, run_figures.by_depth(study)]),
+        (
+            "figure-6",
+            "PRORec's Figure 6",
+            [tables.claims(study) if study.claims else None, run_figures.by_depth(study)],
+        ),
         (
             "loss",
             "Loss",
@@ -99,7 +103,7 @@ def _sections(study: ScalingStudy, facts: Mapping[str, str]) -> list[Section]:
         ),
         ("metrics", "Metrics", [fit_figures.metrics_over_size(study)]),
         ("extrapolation", "Prediction against actual", [fit_figures.extrapolation(study)]),
-        ("fits", "Fits", [tables.fits(study), tables.families(study)] if study.cases else []),
+        ("fits", "Fits", _fit_blocks(study)),
         ("seeds", "Seeds", [run_figures.seed_spread(study)]),
         ("costs", "Costs", [run_figures.costs(study)]),
         ("learning-curves", "Learning curves", [run_figures.learning_curves(study)]),
@@ -108,6 +112,14 @@ def _sections(study: ScalingStudy, facts: Mapping[str, str]) -> list[Section]:
     ]
     made = [Section(name, title, [block for block in blocks if block is not None]) for name, title, blocks in plan]  # type: ignore[misc]
     return [section for section in made if section.blocks]
+
+
+def _fit_blocks(study: ScalingStudy) -> list[Block]:
+    if not any(case.fit for case in study.cases.values()):
+        return []
+    others = tables.fits(study, fit_figures.OTHER_SIZES)
+    blocks: list[Block] = [tables.fits(study, (MAIN_SIZE, COMPUTE)), tables.families(study)]
+    return blocks + ([Details("In other counts of parameters", table=others)] if others.rows else [])
 
 
 def _run_blocks(study: ScalingStudy) -> list[Block]:

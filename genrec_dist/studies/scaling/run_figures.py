@@ -10,7 +10,21 @@ import numpy as np
 from matplotlib.colors import to_hex
 
 from genrec_dist.studies.scaling.claims import by_seed, mean_with_interval, paired
-from genrec_dist.studies.scaling.plot import SOFT, Panel, Plot, Row, axis, bars, colour, dots, label, line, si, swatches
+from genrec_dist.studies.scaling.fit_figures import title_of
+from genrec_dist.studies.scaling.plot import (
+    SOFT,
+    Panel,
+    Plot,
+    axis,
+    bars,
+    colour,
+    dots,
+    end_labels,
+    line,
+    log_ticks,
+    si,
+    swatches,
+)
 from genrec_dist.studies.scaling.points import LOSS, QUANTITIES
 from genrec_dist.studies.scaling.study import ScalingStudy
 from genrec_dist.studies.scaling.trials import CurvePoint, Trial
@@ -27,6 +41,7 @@ def by_depth(study: ScalingStudy) -> Plot | None:
         if quantity == LOSS:
             continue
         traces, notes, changes = [], [], []
+        drawn: list[float] = []
         for index, arm in enumerate(study.arms):
             values = by_seed(study.trials, arm, quantity)
             if not values:
@@ -39,15 +54,17 @@ def by_depth(study: ScalingStudy) -> Plot | None:
             traces.append(
                 dots(
                     depths, means, index, arm, hover, mode="lines+markers", line={"color": colour(index), "width": 1.5},
-                    error_y=bars(means, *zip(*edges, strict=True), colour(index)),
+                    error_y=bars(means, edges, colour(index)),
                 )
             )  # fmt: skip
-            notes.append(label(arm, np.log2(depths[-1]) * np.log10(2), means[-1], colour(index)))
+            drawn += means
+            notes.append((arm, float(np.log10(depths[-1])), means[-1], colour(index)))
             for depth, value, edge in zip(depths, found, edges, strict=True):
                 change = paired(values, depth, BASE_DEPTH)
                 rows.append(
                     {
-                        "arm": arm, "quantity": quantity, "depth": depth, "mean": value.mean, "low": edge[0], "high": edge[1],
+                        "arm": arm, "quantity": quantity, "depth": depth, "mean": value.mean, "low": edge[0],
+                        "high": edge[1],
                         "seeds": value.num_seeds, f"change_from_{BASE_DEPTH}": change.mean if change else None,
                         "change_low": change.interval[0] if change and change.interval else None,
                         "change_high": change.interval[1] if change and change.interval else None,
@@ -55,17 +72,19 @@ def by_depth(study: ScalingStudy) -> Plot | None:
                 )  # fmt: skip
                 if change and depth != BASE_DEPTH:
                     changes.append((index, arm, depth, change))
-        layout = {"xaxis": _depth_axis(study), "yaxis": axis(QUANTITIES[quantity]), "annotations": notes}
-        layout["margin"] = {"l": 58, "r": 14 + 8 * max(len(arm) for arm in study.arms), "t": 10, "b": 46}
+        if not traces:
+            continue
+        layout: dict[str, Any] = {"xaxis": _depth_axis(study), "yaxis": axis(QUANTITIES[quantity])}
+        layout["annotations"] = end_labels(notes, min(drawn), max(drawn), 270)
+        layout["margin"] = {"l": 58, "r": 14 + 8 * max(len(arm) for arm in study.arms), "t": 26, "b": 46}
         panels.append(Panel(f"{QUANTITIES[quantity]} by depth", traces, layout))
         if changes:
             panels.append(_change_panel(study, quantity, changes))
     if not panels:
         return None
     caption = (
-        "Left: means over seeds with 95% t intervals. Right: the change from "
-        f"{BASE_DEPTH} layers, paired by seed, with the 95% t interval of the pairs; an interval that covers zero decides "
-        "nothing. A depth with one seed has no interval."
+        f"By depth: means over seeds with 95% t intervals. Change from {BASE_DEPTH} layers: paired by seed, with the 95% "
+        "t interval of the pairs; one that covers zero decides nothing. A depth with one seed has no interval."
     )
     return Plot("by-depth", panels, caption, rows, swatches(study.arms))
 
@@ -87,7 +106,14 @@ def seed_spread(study: ScalingStudy) -> Plot | None:
                     y.append(shift)
                     hover.append(f"{arm}, {depth} layers, seed {seed}\n{value:.4f}, {shift:+.2f}% from the mean")
                     rows.append(
-                        {"arm": arm, "quantity": quantity, "depth": depth, "seed": seed, "value": value, "from_mean_percent": shift}
+                        {
+                            "arm": arm,
+                            "quantity": quantity,
+                            "depth": depth,
+                            "seed": seed,
+                            "value": value,
+                            "from_mean_percent": shift,
+                        }
                     )
             if x:
                 traces.append(dots(x, y, index, arm, hover))
@@ -96,11 +122,11 @@ def seed_spread(study: ScalingStudy) -> Plot | None:
                 "xaxis": _depth_axis(study),
                 "yaxis": axis("from the mean of the depth, %", zeroline=True, zerolinecolor=SOFT),
             }
-            panels.append(Panel(QUANTITIES[quantity], traces, layout, 260))
+            panels.append(Panel(title_of(quantity), traces, layout, 280))
     if not panels:
         return None
     caption = "Each mark is one run: its distance from the mean over the seeds of its depth, in percent of that mean."
-    return Plot("seed-spread", panels, caption, rows, swatches(study.arms))
+    return Plot("seed-spread", panels, caption, rows, swatches(study.arms), small=True)
 
 
 def costs(study: ScalingStudy) -> Plot | None:
@@ -108,8 +134,8 @@ def costs(study: ScalingStudy) -> Plot | None:
     measures: list[tuple[str, str, Callable[[Trial], float | None], bool, dict[str, Any]]] = [
         ("Throughput", "tokens a second", lambda t: t.tokens_per_second, True, {}),
         ("Peak memory", "GiB", lambda t: t.peak_memory_bytes / 2**30 if t.peak_memory_bytes else None, False, {}),
-        ("MFU", "share of peak FLOP/s", lambda t: t.mfu, False, {"tickformat": ".0%", "rangemode": "tozero"}),
-        ("Training compute", "FLOPs to the best checkpoint", lambda t: t.train_flops, True, {"exponentformat": "power"}),
+        ("MFU", "share of peak FLOP/s", lambda t: t.mfu, False, {"tickformat": ".0%"}),
+        ("Training compute", "FLOPs to the best checkpoint", lambda t: t.train_flops, True, {}),
     ]
     panels, rows = [], []
     for title, unit, read, log, more in measures:
@@ -123,11 +149,21 @@ def costs(study: ScalingStudy) -> Plot | None:
                 traces.append(line(depths, means, colour(index), arm, line={"color": colour(index), "width": 1.5}))
                 traces.append(dots([t.depth for t, _ in runs], [v for _, v in runs], index, arm, hover))
                 rows += [
-                    {"measure": title, "unit": unit, "arm": arm, "depth": t.depth, "seed": t.seed, "value": float(v), "hardware": t.hardware}
+                    {
+                        "measure": title,
+                        "unit": unit,
+                        "arm": arm,
+                        "depth": t.depth,
+                        "seed": t.seed,
+                        "value": float(v),
+                        "hardware": t.hardware,
+                    }
                     for t, v in runs
                 ]
         if traces:
-            yaxis = axis(unit, log=log, **({} if log else {"rangemode": "tozero"}) | more)
+            values = [row["value"] for row in rows if row["measure"] == title]
+            more = log_ticks(values, power=title == "Training compute") if log else {"rangemode": "tozero"} | more
+            yaxis = axis(unit, log=log, **more)
             panels.append(Panel(title, traces, {"xaxis": _depth_axis(study), "yaxis": yaxis}, 280))
     if not panels:
         return None
@@ -152,7 +188,8 @@ def learning_curves(study: ScalingStudy) -> Plot | None:
             traces.append(
                 line(
                     [p.flops for p, _ in points], [v for _, v in points], stroke, str(trial.depth),
-                    line={"color": stroke, "width": 1.6}, legendgroup=str(trial.depth), showlegend=trial.depth not in seen,
+                    line={"color": stroke, "width": 1.6}, legendgroup=str(trial.depth),
+                    showlegend=trial.depth not in seen,
                     hoverinfo="text",
                     text=[f"{trial.depth} layers, seed {trial.seed}<br>epoch {p.epoch:g}: {v:.4f}" for p, v in points],
                 )
@@ -160,19 +197,23 @@ def learning_curves(study: ScalingStudy) -> Plot | None:
             seen.add(trial.depth)
             rows += [
                 {
-                    "arm": arm, "depth": trial.depth, "seed": trial.seed, "epoch": p.epoch, "step": p.step, "flops": p.flops,
-                    "train_loss": p.train_loss, "bits_per_item": p.bits_per_item, **p.metrics,
+                    "arm": arm, "depth": trial.depth, "seed": trial.seed, "epoch": p.epoch, "step": p.step,
+                    "flops": p.flops, "train_loss": p.train_loss, "bits_per_item": p.bits_per_item,
+                    **p.metrics,
                 }
                 for p, _ in points
             ]  # fmt: skip
         if traces:
-            log = all(x > 0 for trace in traces for x in trace["x"])
+            spent = [x for trace in traces for x in trace["x"]]
+            log = min(spent) > 0
             layout = {
-                "xaxis": axis("training FLOPs", log=log, exponentformat="power"),
+                "xaxis": axis(
+                    "training FLOPs", log=log, **(log_ticks(spent, power=True) if log else {"exponentformat": "power"})
+                ),
                 "yaxis": axis(name),
                 "showlegend": True,
                 "legend": {"title": {"text": "layers "}, "orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
-                "margin": {"l": 58, "r": 16, "t": 10, "b": 96},
+                "margin": {"l": 58, "r": 16, "t": 26, "b": 96},
             }
             panels.append(Panel(f"{arm}, validation", traces, layout, 400))
     if not panels:
@@ -192,7 +233,7 @@ def _change_panel(study: ScalingStudy, quantity: str, changes) -> Panel:
         y = [change.mean for _, change in own]
         edges = [change.interval or (change.mean, change.mean) for _, change in own]
         hover = [f"{arm}, {depth} layers less {BASE_DEPTH}\n{_said(change, '+.4f')}" for depth, change in own]
-        traces.append(dots(x, y, index, arm, hover, error_y=bars(y, *zip(*edges, strict=True), colour(index))))
+        traces.append(dots(x, y, index, arm, hover, error_y=bars(y, edges, colour(index))))
     layout = {
         "xaxis": _depth_axis(study),
         "yaxis": axis(f"change from {BASE_DEPTH} layers", zeroline=True, zerolinecolor=SOFT),

@@ -53,7 +53,7 @@ class Case:
         record["families"] = {
             name: {
                 "aicc": family.aicc if family.aicc < float("inf") else None,
-                "left_out_depth_error_of_log": family.left_out_error,
+                "left_out_depth_relative_error": family.left_out_error,
                 "summed_huber": float(family.solution.objective[0]),
             }
             for name, family in self.fit.families.items()
@@ -112,4 +112,3 @@ def study_of(trials: Sequence[Trial], num_resamples: int = NUM_RESAMPLES) -> Sca
                     fit = fit_all(points, num_resamples)
                     cases[arm, size, quantity] = Case(points, fit, judge_power_law(points, fit))
     return ScalingStudy(list(trials), cases, judge_all(trials))
-

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from genrec_dist.studies.blocks import NONE, Cell, Table, number, percent
 from genrec_dist.studies.scaling.fits import HELD_OUT_ABOVE, Interval
-from genrec_dist.studies.scaling.plot import si
+from genrec_dist.studies.scaling.plot import scientific, si
 from genrec_dist.studies.scaling.points import COMPUTE, LOSS, QUANTITIES, SIZES
 from genrec_dist.studies.scaling.study import MAIN_SIZE, Case, ScalingStudy
 from genrec_dist.studies.scaling.trials import Trial
@@ -23,7 +23,7 @@ NOT_STATED = "not stated"
 
 def verdicts(study: ScalingStudy) -> Table:
     """The word on every arm and quantity, over N and C."""
-    rows = []
+    rows: list[list[Cell | str]] = []
     for case in _in_order(study, (MAIN_SIZE, COMPUTE)):
         points, verdict = case.points, case.verdict
         rows.append(
@@ -31,19 +31,19 @@ def verdicts(study: ScalingStudy) -> Table:
                 points.arm,
                 QUANTITIES[points.quantity],
                 _over(points.size),
-                Cell("supported" if verdict.supported else "not supported", strong=verdict.supported),
+                "supported" if verdict.supported else "not supported",
                 "; ".join(verdict.against) or verdict.sentence,
                 "; ".join(verdict.trust),
             ]
         )
     head = ["arm", "of", "over", "power law", "why", "how far to trust it"]
-    return Table(head, rows, text_columns=set(range(6)))
+    return Table(head, rows, f"N: {SIZES[MAIN_SIZE]}. C: {SIZES[COMPUTE]} to the best checkpoint.", set(range(6)))
 
 
-def fits(study: ScalingStudy) -> Table:
-    """Parameters of every power law, in every counting convention."""
-    rows = []
-    for case in _in_order(study, tuple(SIZES)):
+def fits(study: ScalingStudy, sizes: Sequence[str]) -> Table:
+    """Parameters of the power laws over `sizes`."""
+    rows: list[list[Cell | str]] = []
+    for case in _in_order(study, sizes):
         if case.fit is None:
             continue
         points, power = case.points, case.fit.power
@@ -54,7 +54,7 @@ def fits(study: ScalingStudy) -> Table:
                 _over(points.size),
                 Cell(f"{power.alpha:.3f}", _span(power.alpha_interval, ".2f")),
                 Cell(f"{power.e:.4g}", _span(power.e_interval, ".4g")),
-                Cell(f"{power.a:.3g}", _span(power.a_interval, ".2g")),
+                Cell(f"{power.a:.3g}", _span(power.a_interval, ".3g")),
                 percent(power.noise, 2),
                 percent(case.fit.families["power"].left_out_error, 2),
                 FAMILY_NAMES[case.fit.best.curve.name],
@@ -62,8 +62,8 @@ def fits(study: ScalingStudy) -> Table:
             ]
         )
     caption = (
-        "E + A N^−α for the loss, M∞ − A N^−α for metrics (E is M∞ there). Below a number: its 95% bootstrap interval. Noise: "
-        "standard deviation of one run about the curve. Left out: root mean square error at depths left out in turn."
+        "E + A N^−α for the loss, M∞ − A N^−α for metrics. Below a number: its 95% bootstrap interval. Noise: standard "
+        "deviation of one run about the curve. Left out: root mean square relative error at depths left out in turn."
     )
     head = ["arm", "of", "over", "α", "E or M∞", "A", "noise", "left out", "lowest AICc", "runs"]
     return Table(head, rows, caption, {0, 1, 2, 8})
@@ -71,7 +71,7 @@ def fits(study: ScalingStudy) -> Table:
 
 def families(study: ScalingStudy) -> Table:
     """AICc of each family above the lowest, and its error at left-out depths."""
-    rows = []
+    rows: list[list[Cell | str]] = []
     for case in _in_order(study, (MAIN_SIZE, COMPUTE)):
         if case.fit is None:
             continue
@@ -80,35 +80,37 @@ def families(study: ScalingStudy) -> Table:
         for name in FAMILY_NAMES:
             family = case.fit.families[name]  # type: ignore[index]
             gap = "too few runs" if family.aicc == float("inf") else f"{family.aicc - best:.1f}"
-            cells.append(Cell(gap, percent(family.left_out_error, 2), strong=family is case.fit.best))
+            cells.append(Cell(gap, percent(family.left_out_error, 2)))
         rows.append([case.points.arm, QUANTITIES[case.points.quantity], _over(case.points.size), *cells])
     caption = (
-        "AICc above that of the best family (0), which counts parameters against the fit; below it the error at depths left out in "
-        "turn. A gap under 2 separates nothing."
+        "AICc above that of the best family (0), which counts parameters against the fit; below it the error at depths "
+        "left out in turn. A gap under 2 separates nothing."
     )
     return Table(["arm", "of", "over", *FAMILY_NAMES.values()], rows, caption, {0, 1, 2})
 
 
 def claims(study: ScalingStudy) -> Table:
     """Figure 6 of PRORec, claim by claim."""
-    rows = [[v.claim.text, Cell(v.judgement, strong=v.judgement != "undecided"), v.sentence] for v in study.claims]
+    rows = [[v.claim.text, v.judgement, v.sentence] for v in study.claims]
     caption = (
-        "Confirmed or contradicted: the 95% t interval of the difference, paired by seed, lies on one side of zero. Undecided: it "
-        "covers zero, or a depth or a second seed is missing. The paper prints the claim in words; no value was read off its figure."
+        "Confirmed or contradicted: the 95% t interval of the difference, paired by seed, lies on one side of zero. "
+        "Undecided: it covers zero, or a depth or a second seed is missing. The paper makes the claim in words; no value "
+        "was read off its figure."
     )
     return Table(["claim of PRORec, Figure 6", "", "in these runs"], rows, caption, {0, 1, 2})
 
 
 def runs(study: ScalingStudy) -> Table:
-    """Every finished run with its numbers."""
-    rows = [
+    """Every finished run with its numbers; of its commit where there are several."""
+    several = len({trial.commit for trial in study.finished}) > 1
+    rows: list[list[Cell | str]] = [
         [
-            Cell(trial.name, trial.commit[:10]),
+            Cell(trial.name, trial.commit[:10] if several else ""),
             trial.arm,
             str(trial.depth),
             str(trial.seed),
             *(si(trial.num_parameters.get(size)) for size in SIZES if size != COMPUTE),
-            si(trial.train_flops),
+            scientific(trial.train_flops),
             number(trial.bits_per_item, 3),
             *(number(trial.metrics.get(name)) for name in QUANTITIES if name != LOSS),
             si(trial.tokens_per_second),
@@ -117,9 +119,17 @@ def runs(study: ScalingStudy) -> Table:
         ]
         for trial in study.finished
     ]
-    head = ["run", "arm", "layers", "seed", *(f"N, {s.replace('_', '-')}" for s in SIZES if s != COMPUTE), "FLOPs", "bits an item"]
+    head = [
+        "run",
+        "arm",
+        "layers",
+        "seed",
+        *(f"N, {s.replace('_', '-')}" for s in SIZES if s != COMPUTE),
+        "FLOPs",
+        "bits an item",
+    ]
     head += ["NDCG@20", "Recall@20", "tokens/s", "GiB", "MFU"]
-    return Table(head, rows, "Under a run: the commit of its code. FLOPs: of training, up to the best checkpoint.", {0, 1})
+    return Table(head, rows, "FLOPs: of training, up to the best checkpoint.", {0, 1})
 
 
 def without_numbers(study: ScalingStudy) -> Table | None:
@@ -159,7 +169,12 @@ def choices(study: ScalingStudy, facts: Mapping[str, str]) -> Table:
         span = f", N {si(min(sizes))} to {si(max(sizes))}" if sizes else ""
         ranges.append(f"{arm}: {', '.join(map(str, depths)) or 'none'} layers{span}")
     seeds = {
-        arm: sorted({len({t.seed for t in done if t.arm == arm and t.depth == d}) for d in {t.depth for t in done if t.arm == arm}})
+        arm: sorted(
+            {
+                len({t.seed for t in done if t.arm == arm and t.depth == d})
+                for d in {t.depth for t in done if t.arm == arm}
+            }
+        )
         for arm in study.arms
     }
     stated: dict[str, str] = {
@@ -197,7 +212,7 @@ def _in_order(study: ScalingStudy, sizes: Sequence[str]) -> list[Case]:
 
 
 def _over(size: str) -> str:
-    return "C" if size == COMPUTE else f"N, {size.replace('_', '-')}"
+    return "C" if size == COMPUTE else "N" if size == MAIN_SIZE else f"N, {size}"
 
 
 def _span(interval: Interval, form: str) -> str:

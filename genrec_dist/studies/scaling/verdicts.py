@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from genrec_dist.studies.scaling.curves import CurveName
+from genrec_dist.studies.scaling.curves import LARGEST_EXPONENT, CurveName
 from genrec_dist.studies.scaling.fits import Fit
 from genrec_dist.studies.scaling.points import COMPUTE, Points
 
@@ -35,7 +35,7 @@ class Verdict:
 
 
 def judge_power_law(points: Points, fit: Fit | None) -> Verdict:
-    """No power law with few sizes, a short range, an exponent that may be zero, or a better rival; else what is supported.
+    """Whether a power law is supported: enough sizes and range, an exponent apart from zero, no better rival.
 
     Args:
         points: what was to be fitted.
@@ -58,6 +58,8 @@ def judge_power_law(points: Points, fit: Fit | None) -> Verdict:
         against.append(f"the 95% interval of α, {low:.2f} to {high:.2f}, crosses zero")
     elif high < 0:
         against.append(f"α is negative ({low:.2f} to {high:.2f}): larger models do worse")
+    if abs(fit.power.alpha) > 0.98 * LARGEST_EXPONENT:
+        against.append(f"α runs to its bound of {LARGEST_EXPONENT:g}: a step from the smallest size, not a power law")
     power = fit.families["power"].aicc
     better = [name for name in RIVALS if fit.families[name].aicc < power]
     if better:
@@ -86,7 +88,9 @@ def _trust(fit: Fit) -> list[str]:
     elif points.sign < 0 and high >= 0.99 * points.limit:
         said.append(f"the runs do not bound {floor} below {points.limit:g}")
     if fit.families["log_linear"].aicc < fit.families["power"].aicc:
-        said.append("a straight line in its logarithm describes the runs as well with one parameter less: no floor is seen")
+        said.append(
+            "a straight line in its logarithm describes the runs as well with one parameter less: no floor is seen"
+        )
     prediction = fit.prediction
     if prediction is None:
         said.append("not tested on deeper runs: nothing says that it holds beyond the largest size")

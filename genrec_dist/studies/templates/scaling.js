@@ -3,7 +3,7 @@
 const config = {
   responsive: true,
   displaylogo: false,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  modeBarButtons: [["toImage", "resetScale2d"]],
 };
 function drawAll() {
   const style = getComputedStyle(document.documentElement);

@@ -271,10 +271,17 @@ def status(
 @app.command()
 @guarded
 def report(run: RunName, runs: RunsPath = RUNS) -> None:
-    """Write the HTML report of a run again."""
+    """Write the HTML report of a run or a sweep again."""
     from genrec_dist.runs import RunFolder
+    from genrec_dist.studies.scaling.sweep_folder import SweepFolder
     from launcher.results import make_report
 
+    sweep = SweepFolder.find(runs, run)
+    if sweep is not None:
+        from launcher.sweep_report import write_sweep_report
+
+        typer.echo(str(write_sweep_report(sweep)))
+        return
     typer.echo(str(make_report(RunFolder.existing(runs, run))))
 
 

@@ -73,8 +73,11 @@ def _write_traceback() -> Path:
 
 def show_whole(table: Table, console: Console) -> None:
     """Print a table without cutting a cell, on however narrow a terminal."""
-    needed = Measurement.get(console, console.options.update(width=1000), table).maximum
-    console.print(table, width=max(console.width, needed), crop=False, no_wrap=True)
+    here = console.width
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(here, needed)
+    console.print(table, crop=False, soft_wrap=False)
+    console.width = here
 
 
 def metrics_table(rows: dict[str, dict[str, float]], title: str = "") -> Table:

@@ -28,6 +28,7 @@ from launcher.streams import captured
 from launcher.sweep_machine import Machine, Need, need_of, refuse_too_large, shared_need, this_machine, wants_gpu
 from launcher.sweep_pool import LocalPool, Pool
 from launcher.sweep_ray import RayPool, child_command, cluster_machines
+from launcher.sweep_report import write_sweep_report
 from launcher.sweep_run import Outcome, Scheduler
 from launcher.sweep_sizes import TrialSize, size_trials
 from launcher.trackers import check_tracking
@@ -221,7 +222,7 @@ def make_pool(
 
 
 def conclude(outcome: Outcome, sweep: Sweep, console: Console) -> None:
-    """Last words.
+    """Report and last words.
 
     Raises:
         Stopped: with exit code 5, when trials failed or could not start.
@@ -229,6 +230,8 @@ def conclude(outcome: Outcome, sweep: Sweep, console: Console) -> None:
     trials = {trial.name for trial in sweep.plan.trials}
     done, failed = len(outcome.finished & trials), outcome.failed
     console.print(f"{done} of {len(trials)} trials complete", soft_wrap=True)
+    if done:
+        console.print(f"report: {escape(str(write_sweep_report(sweep.folder)))}", soft_wrap=True)
     if failed or outcome.blocked:
         listed = [f"{name}: {why}" for name, why in sorted(failed.items())]
         listed += [f"{name}: not started, {why} failed" for name, why in sorted(outcome.blocked.items())]

@@ -19,7 +19,7 @@ from launcher.sweep_machine import GIB, Machine, Need, wants_gpu
 from launcher.sweep_sizes import TrialSize, size_trials
 from launcher.sweep_state import is_complete
 
-PROBED_DEPTHS = 2
+APART = 4
 COLUMNS = ("run", "state", "parameters", "non-embedding", "layers", "FLOPs", "memory", "GPU", "cores", "steps", "time")
 
 
@@ -110,7 +110,7 @@ def _show_totals(sizes: list[TrialSize], times: dict[str, float], console: Conso
 
 
 def probe_times(sizes: list[TrialSize], needs: dict[str, Need]) -> dict[str, float]:
-    """Seconds of each trial's steps, from timed steps at two depths of each arm, by FLOPs in between and beyond."""
+    """Seconds of each trial's steps, by FLOPs from timed steps at two depths of each arm, far enough apart to differ."""
     from genrec_dist.studies.scaling.probe import StepTimes, make_material, seconds_of_step
 
     by_arm: dict[str, list[TrialSize]] = defaultdict(list)
@@ -119,8 +119,10 @@ def probe_times(sizes: list[TrialSize], needs: dict[str, Need]) -> dict[str, flo
             by_arm[size.trial.arm].append(size)
     found: dict[str, float] = {}
     for members in by_arm.values():
-        ordered = sorted({_step_flops(size): size for size in members}.items())[:PROBED_DEPTHS]
-        first = ordered[0][1]
+        first = min(members, key=lambda size: size.trial.depth)
+        deeper = [size for size in members if size.trial.depth >= APART * first.trial.depth]
+        second = min(deeper, key=_step_flops) if deeper else max(members, key=lambda size: size.trial.depth)
+        ordered = sorted({_step_flops(size): size for size in (first, second)}.items())
         assert first.counts is not None
         material = make_material(first.counts, first.codebook, first.trial.config.identifiers.num_clusters, first.width)
         seconds = [

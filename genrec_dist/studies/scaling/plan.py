@@ -33,7 +33,8 @@ class PlannedTrial:
     Args:
         name: of its run folder.
         arm, depth, seed: what it is in the report.
-        settings: what the sweep sets in it beyond its arm: depth, what follows from it, grid and points.
+        point: what the grid and the explicit points set in it, by dotted key.
+        settings: point, depth, and what follows from the depth.
         config: resolved.
         stages: what it executes.
     """
@@ -42,9 +43,15 @@ class PlannedTrial:
     arm: str
     depth: int
     seed: int
+    point: dict[str, Any]
     settings: dict[str, Any]
     config: Config
     stages: list[Stage]
+
+    @property
+    def label(self) -> str:
+        """Of its point; empty without one."""
+        return _label(self.point) if self.point else ""
 
     @property
     def keys(self) -> set[tuple[str, str]]:
@@ -77,6 +84,7 @@ class Plan:
 
     name: str
     title: str
+    ladder: str
     trials: list[PlannedTrial]
     units: list[Unit]
 
@@ -116,7 +124,7 @@ def make_plan(
         for point, depth, seed in itertools.product(varied, depths, file.seeds):
             trials.append(_trial(arm, base, point, ladder, depth, seed, build_stages, check))
     _refuse_same(trials)
-    return Plan(name, file.title or name, trials, make_units(trials))
+    return Plan(name, file.title or name, file.ladder, trials, make_units(trials))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -175,7 +183,7 @@ def _trial(
     check(config)
     if depth is None:
         depth = Ladder("fixed_width", config.method).depth_of(config)
-    return PlannedTrial(name, arm, depth, seed, settings, config, build_stages(config))
+    return PlannedTrial(name, arm, depth, seed, point, settings, config, build_stages(config))
 
 
 def _label(point: dict[str, Any]) -> str:

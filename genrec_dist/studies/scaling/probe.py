@@ -121,7 +121,13 @@ def _sasrec(config: Config, material: Material, worker: Worker):
     return SasrecTask(config.sasrec, material.sequences, worker, config.seed, 0)
 
 
-TASKS: dict[str, Callable] = {"generator": _generator, "gpt": _gpt, "sasrec": _sasrec}
+def _hstu(config: Config, material: Material, worker: Worker):
+    from genrec_dist.baselines.hstu_stage import HstuTask
+
+    return HstuTask(config.hstu, material.sequences, worker, config.seed, 0)
+
+
+TASKS: dict[str, Callable] = {"generator": _generator, "gpt": _gpt, "sasrec": _sasrec, "hstu": _hstu}
 """Section -> (config, material, worker) -> task of the train loop."""
 
 

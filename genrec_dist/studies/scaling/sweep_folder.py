@@ -72,7 +72,8 @@ class SweepFolder:
             record["stages"] = [{"title": s.title, "stage": s.name, "key": s.key} for s in unit.stages]
             if not unit.shared:
                 trial = trials[unit.name]
-                record |= {"arm": trial.arm, "depth": trial.depth, "seed": trial.seed, "settings": trial.settings}
+                record |= {"arm": trial.arm, "point": trial.label, "depth": trial.depth, "seed": trial.seed}
+                record |= {"varied": sorted(trial.point), "settings": trial.settings}
             units.append(record | {"config": unit.config.model_dump(mode="json")})
         write_json(
             self.file,
@@ -80,6 +81,7 @@ class SweepFolder:
                 "format": FORMAT,
                 "name": plan.name,
                 "title": plan.title,
+                "ladder": plan.ladder,
                 "source": source,
                 "extended": extended,
                 "store": str(store.resolve()),

@@ -110,7 +110,7 @@ def _show_totals(sizes: list[TrialSize], times: dict[str, float], console: Conso
 
 
 def probe_times(sizes: list[TrialSize], needs: dict[str, Need]) -> dict[str, float]:
-    """Seconds of each trial's steps, by FLOPs from timed steps at two depths of each arm, far enough apart to differ."""
+    """Seconds of each trial's steps, by FLOPs from steps timed at two depths of each arm, well apart where possible."""
     from genrec_dist.studies.scaling.probe import StepTimes, make_material, seconds_of_step
 
     by_arm: dict[str, list[TrialSize]] = defaultdict(list)

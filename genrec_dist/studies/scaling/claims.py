@@ -1,8 +1,8 @@
 """The two claims of PRORec's Figure 6, judged by differences between depths that are paired by seed.
 
 The paper says in words, without numbers, of Amazon Beauty: PRORec goes on improving up to 32 layers; HSTU stands still
-at eight and declines beyond. Runs of one seed share the order of their batches, so their difference varies less than that
-of two unrelated runs. Fits no curve.
+at eight and declines beyond. Runs of one seed share the order of their batches, so their difference varies less than
+that of two unrelated runs. Fits no curve.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def scientific(value: float | None, digits: int = 2) -> str:
 
 
 def log_ticks(values, power: bool = False) -> dict[str, Any]:
-    """Ticks of a logarithmic axis at 1, 2 and 5 times powers of ten; nothing where that gives fewer than three.
+    """Ticks of a logarithmic axis at round multiples of powers of ten; nothing where that gives fewer than three.
 
     Args:
         values: that the axis has to show.
@@ -193,13 +193,17 @@ def log_ticks(values, power: bool = False) -> dict[str, Any]:
     """
     low, high = min(values), max(values)
     decades = np.log10(high / low)
-    steps = (1, 2, 5) if decades < 2.2 else (1,)
+    steps = (1,) if decades > 2.2 else (1, 3) if power else (1, 2, 5)
     first = int(np.floor(np.log10(low)))
     places = [step * 10.0**p for p in range(first, first + int(decades) + 3) for step in steps]
     kept = [place for place in places if low / 1.3 <= place <= high * 1.3]
     if len(kept) < 3:
         return {}
-    return {"tickvals": kept, "ticktext": [scientific(v, 0).removeprefix("1×") if power else si(v) for v in kept]}
+    return {
+        "tickvals": kept,
+        "tickangle": 0,
+        "ticktext": [scientific(v, 0).removeprefix("1×") if power else si(v) for v in kept],
+    }
 
 
 def end_labels(ends: Sequence[tuple[str, float, float, str]], low: float, high: float, height: int) -> list[dict]:

@@ -83,8 +83,8 @@ def by_depth(study: ScalingStudy) -> Plot | None:
     if not panels:
         return None
     caption = (
-        f"By depth: means over seeds with 95% t intervals. Change from {BASE_DEPTH} layers: paired by seed, with the 95% "
-        "t interval of the pairs; one that covers zero decides nothing. A depth with one seed has no interval."
+        f"By depth: means over seeds with 95% t intervals. Change from {BASE_DEPTH} layers: paired by seed, with the "
+        "95% t interval of the pairs; one that covers zero decides nothing. A depth with one seed has no interval."
     )
     return Plot("by-depth", panels, caption, rows, swatches(study.arms))
 
@@ -253,9 +253,9 @@ def _depth_axis(study: ScalingStudy) -> dict[str, Any]:
     depths = sorted({trial.depth for trial in study.finished})
     kept: list[int] = []
     for depth in reversed(depths):
-        if not kept or kept[-1] / depth >= 1.25:
+        if not kept or kept[-1] / depth >= 1.4:
             kept.append(depth)
-    return axis("layers", log=True, tickvals=kept[::-1], ticktext=[str(depth) for depth in kept[::-1]])
+    return axis("layers", log=True, tickangle=0, tickvals=kept[::-1], ticktext=[str(depth) for depth in kept[::-1]])
 
 
 def _shades(count: int) -> list[str]:

@@ -93,9 +93,9 @@ def claims(study: ScalingStudy) -> Table:
     """Figure 6 of PRORec, claim by claim."""
     rows = [[v.claim.text, v.judgement, v.sentence] for v in study.claims]
     caption = (
-        "Confirmed or contradicted: the 95% t interval of the difference, paired by seed, lies on one side of zero. "
-        "Undecided: it covers zero, or a depth or a second seed is missing. The paper makes the claim in words; no value "
-        "was read off its figure."
+        "Confirmed or contradicted: the 95% t interval of the difference, paired by seed, is on one side of zero. "
+        "Undecided: it covers zero, or a depth or a second seed is missing. The paper makes the claim in words; no "
+        "value was read off its figure."
     )
     return Table(["claim of PRORec, Figure 6", "", "in these runs"], rows, caption, {0, 1, 2})
 

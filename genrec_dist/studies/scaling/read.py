@@ -65,7 +65,7 @@ def read_trial(run_folder: str | Path, arm: str, depth: int, varied: Sequence[st
         train_flops=best.get("flops"),
         bits_per_item=best.get(BITS),
         metrics=_json(folder / "metrics.json").get("main", {}).get("test", {}),
-        curve=_curve(records),
+        curve=curve_of(records),
         tokens_per_second=_typical(records, "tokens_per_second"),
         peak_memory_bytes=round(max(memory) * 2**20) if memory else None,
         mfu=_typical(records, "mfu"),
@@ -120,8 +120,8 @@ def _alive(process: dict) -> bool:
         return False
 
 
-def _curve(records: list[dict]) -> tuple[CurvePoint, ...]:
-    """One point a validation; its training loss is the mean over the steps since the one before."""
+def curve_of(records: list[dict]) -> tuple[CurvePoint, ...]:
+    """One point a validation of curves.jsonl; its training loss is the mean over the steps since the one before."""
     points: list[CurvePoint] = []
     at, losses, steps = 0, 0.0, 0
     for record in records:

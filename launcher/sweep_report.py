@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from genrec_dist.artifacts.files import write_json
 from genrec_dist.config import Config
 from genrec_dist.studies.scaling.ladder import DEPTH_KEYS
 from genrec_dist.studies.scaling.read import read_trial
@@ -15,7 +16,7 @@ from launcher.streams import captured
 
 
 def write_sweep_report(folder: SweepFolder) -> Path:
-    """Write report.html, report.json and figures/ into the sweep's folder; what libraries print goes to its log.
+    """Write trials.json, report.html, report.json and figures/ into the sweep's folder; libraries print to its log.
 
     Raises:
         DataError: numbers that no fit can be made of.
@@ -24,7 +25,9 @@ def write_sweep_report(folder: SweepFolder) -> Path:
         from genrec_dist.studies.scaling.report import write_report
 
         record = folder.read()
-        return write_report(read_trials(folder, record), folder.path, record["title"], facts_of(record))
+        trials = read_trials(folder, record)
+        write_json(folder.path / "trials.json", [asdict(trial) for trial in trials])
+        return write_report(trials, folder.path, record["title"], facts_of(record))
 
 
 def read_trials(folder: SweepFolder, record: dict) -> list[Trial]:

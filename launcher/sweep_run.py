@@ -96,6 +96,7 @@ class Scheduler:
             Stopped: SIGINT or SIGTERM came; children were told, and have left.
         """
         waiting = [unit for unit in self.units if not self._settled(unit, retry_failed)]
+        self.leases.clear()
         self.leases.take(f"call-{self.leases.owner.id}")
         with StopSignals() as signals:
             try:

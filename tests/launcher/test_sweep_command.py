@@ -112,7 +112,7 @@ def test_a_sweep_outlives_killed_trials_killed_drivers_and_failures(sweep, wait_
     }  # fmt: skip
 
     folder = sweep.folder / "runs" / "s"
-    trials = read_json(folder / "report.json")["trials"]
+    trials = read_json(folder / "trials.json")
     assert sorted(trial["depth"] for trial in trials) == [1, 2, 3, 4]
     assert {trial["state"] for trial in trials} == {"finished"}
     assert list((folder / "claims").glob("*.json")) == []
@@ -178,10 +178,11 @@ def test_real_trainings_of_three_depths(here, cli, backend):  # noqa: F811
     for stage in ("catalog", "fusion", "identifiers"):
         assert len(list((here / "store" / stage).glob("*/MANIFEST.json"))) == 1
     assert len(list((here / "store" / "generator").glob("*/MANIFEST.json"))) == 3
-    record = read_json(here / "runs" / "s" / "report.json")
-    numbers = {trial["depth"]: trial["num_parameters"]["layers"] for trial in record["trials"]}
+    trials = read_json(here / "runs" / "s" / "trials.json")
+    numbers = {trial["depth"]: trial["num_parameters"]["layers"] for trial in trials}
     assert numbers[1] < numbers[2] < numbers[3]
-    assert all(trial["bits_per_item"] > 0 for trial in record["trials"])
+    assert all(trial["bits_per_item"] > 0 for trial in trials)
+    assert (here / "runs" / "s" / "report.html").is_file()
     again = cli(*arguments, script=REAL)
     assert again.stdout.count("already complete") == 3
     assert TINY["runtime"]["backend"] == "local"

@@ -81,7 +81,10 @@ def test_the_claim_of_a_process_of_this_host_that_is_gone_is_free_at_once(tmp_pa
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     me = Leases(tmp_path, Owner.this_process(), clock=clock)
     assert me.names() == ["t"]
+    assert me.holder("t") is None
     assert me.take("t")
+    me.clear()  # what lives stays
+    assert me.names() == ["t"]
     assert not Leases(tmp_path, Owner.this_process(), clock=clock).take("t")
 
 

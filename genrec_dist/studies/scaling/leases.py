@@ -111,6 +111,13 @@ class Leases:
         found = self._read(name)
         return None if found is None or self._is_stale(name, found) else found
 
+    def clear(self) -> None:
+        """Remove the claims of owners that are gone."""
+        with self._locked():
+            for name in self.names():
+                if self._is_stale(name, self._read(name) or {}):
+                    self._file(name).unlink(missing_ok=True)
+
     def names(self) -> list[str]:
         """Everything that is claimed, by whoever."""
         return sorted(file.stem for file in self.folder.glob("*.json"))

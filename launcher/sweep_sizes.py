@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from genrec_dist.studies.scaling.counts import planned_parameters
 from genrec_dist.studies.scaling.ladder import DEPTH_KEYS
 from genrec_dist.studies.scaling.plan import Plan, PlannedTrial
 from genrec_dist.studies.sizes import CodebookSize, Counts
 from launcher.dryrun import Loop, catalog_counts, integrated_width, section_loop
 from launcher.run import is_finished
-
-TABLES = ("item embeddings", "node embeddings", "inputs", "head")
-"""Groups of parameters that are mostly tables of items, codes or positions, and heads over them."""
-LAYERS = ("encoder", "decoder", "layers", "backbone")
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,7 @@ class TrialSize:
     def parameters(self) -> dict[str, int]:
         """Number of parameters: total, non_embedding, layers."""
         assert self.loop is not None
-        groups = self.loop.size.parameters
-        total = self.loop.size.num_parameters
-        tables = sum(number for name, number in groups.items() if name in TABLES)
-        return {
-            "total": total,
-            "non_embedding": total - tables,
-            "layers": sum(number for name, number in groups.items() if name in LAYERS),
-        }
+        return planned_parameters(self.trial.config, self.section, self.loop.size, self.codebook)
 
     @property
     def memory(self) -> float | None:

@@ -24,6 +24,7 @@ from genrec_dist.studies.scaling.sweep_file import SweepFile, load_sweep
 from genrec_dist.studies.scaling.sweep_folder import SweepFolder
 from launcher.failures import Failure, Stopped
 from launcher.run import check_batches
+from launcher.signals import SignalWatch
 from launcher.streams import captured
 from launcher.sweep_machine import Machine, Need, need_of, refuse_too_large, shared_need, this_machine, wants_gpu
 from launcher.sweep_pool import LocalPool, Pool
@@ -188,7 +189,7 @@ def carry_out(
     folder, owner = sweep.folder, Owner.this_process()
     sizes = size_trials(sweep.plan, store)
     log = folder.path / "logs" / "sweep.log"
-    with place(sweep.config, log) as (ray, machines):
+    with SignalWatch(), place(sweep.config, log) as (ray, machines):
         needs = needs_of(sweep, sizes, machines, parallel)
         folder.write(sweep.plan, sweep.extended, str(sweep.source), store, command)
         keys = {unit.name: {(stage.name, stage.key) for stage in unit.stages} for unit in sweep.plan.units}

@@ -85,6 +85,7 @@ class Scheduler:
     outcome: Outcome = field(default_factory=Outcome)
     _restarts: Counter[tuple[str, str]] = field(default_factory=Counter)
     _started: dict[str, float] = field(default_factory=dict)
+    _elsewhere: set[str] = field(default_factory=set)
 
     def run(self, retry_failed: bool) -> Outcome:
         """Until every unit has ended.
@@ -104,7 +105,8 @@ class Scheduler:
                     self._start(waiting)
                     time.sleep(POLL_SECONDS)
                     self._collect(waiting)
-                    self.leases.beat()
+                    for name in self.leases.beat():
+                        self.say(f"{name}: its claim was silent for too long and was taken over by another call")
                 if signals.received:
                     self._stop(signals)
             finally:
@@ -149,14 +151,26 @@ class Scheduler:
             if not self.pool.has_room(unit):
                 return
             if not self.leases.take(unit.name):
+                self._elsewhere.add(unit.name)
                 continue
             waiting.remove(unit)
-            if self._is_done(unit):  # by whoever held the claim before
-                self._finish(unit)
+            if unit.name in self._elsewhere and self._ended_elsewhere(unit):
                 continue
             self._started[unit.name] = time.monotonic()
             self.say(f"{unit.name}: started")
             self.pool.start(unit)
+
+    def _ended_elsewhere(self, unit: Unit) -> bool:
+        """True when the call that held the claim before has finished the unit, or failed at it."""
+        if self._is_done(unit):
+            self._finish(unit)
+            return True
+        why = failure_of(self._run(unit), self.keys[unit.name])
+        if why is not None:
+            self.leases.release(unit.name)
+            self.outcome.failed[unit.name] = why
+            self.say(f"{unit.name}: failed in another call, {why}")
+        return why is not None
 
     def _collect(self, waiting: list[Unit]) -> None:
         for unit, code in self.pool.ended():

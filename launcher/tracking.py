@@ -20,7 +20,7 @@ from genrec_dist.runs import RunFolder
 from launcher.trackers import Tracker, make_trackers
 
 POLL_SECONDS = 2.0
-CLOSE_SECONDS = 15.0
+CLOSE_SECONDS = 30.0
 """Time that trackers have at the end of a run; one that is still busy then is left behind."""
 KEYS = ("step", "split")
 
@@ -61,6 +61,8 @@ class Tracking(threading.Thread):
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._stages.put(kind is None)
         self.join(CLOSE_SECONDS)
+        if self.is_alive():
+            self._warn("all trackers", TimeoutError(f"still busy {CLOSE_SECONDS:.0f} s after the run's end"))
 
     def on_stage(self, stage: Stage, state: str, folder: Path) -> None:
         """Callback of `pipeline.execute`."""

@@ -165,21 +165,24 @@ def test_killed_children_and_lost_nodes_start_again_within_their_budgets(carry_o
 
 
 def test_a_trial_that_another_call_works_on_is_waited_for_and_not_run_twice(carry_out, tmp_path):
-    units = [unit("t1"), unit("t2")]
+    units = [unit("t1"), unit("t2"), unit("t3")]
     other = Leases(carry_out.folder.path / "claims", Owner("other", "elsewhere", 1, 0.0))
     assert other.take("t1")
+    assert other.take("t3")
 
     def elsewhere() -> None:
         time.sleep(0.3)
         finish(carry_out.folder, tmp_path / "store", units[0])
+        carry_out.folder.run("t3", False).event("run_failed", exit_code=3, error="broke there")
         other.release("t1")
+        other.release("t3")
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     outcome, pool, _ = carry_out(units)
     thread.join()
     assert pool.started == ["t2"]
-    assert outcome.finished == {"t1", "t2"}
+    assert (outcome.finished, outcome.failed) == ({"t1", "t2"}, {"t3": "broke there"})
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])

@@ -88,6 +88,7 @@ def test_a_tracker_that_blocks_is_left_behind(run, tmp_path, monkeypatch):
     stuck = Recorder(block=gate)
     follow(run, tmp_path / "a", stuck, records=[train(1)])
     assert stuck.got == []
+    assert [event["event"] for event in run.events()] == ["tracker_failed"]
     gate.set()
 
 

@@ -36,10 +36,9 @@ class Chromium:
     def __init__(self, program: str, profile: str) -> None:
         commands, self.write = _pipe()
         self.read, answers = _pipe()
-        flags = [
-            "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--disable-gpu", "--no-first-run",
-            "--hide-scrollbars", "--disable-dev-shm-usage", *(["--no-sandbox"] if os.getuid() == 0 else []),
-        ]  # fmt: skip
+        flags = ["--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--hide-scrollbars"]
+        flags += ["--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        flags += ["--no-sandbox"] if os.getuid() == 0 else []
         null = os.open(os.devnull, os.O_RDWR)
         self.pid = os.posix_spawn(
             program,

@@ -6,13 +6,15 @@ import base64
 import csv
 import dataclasses
 import hashlib
+import json
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from chromium import chromium
+from chromium import Chromium, chromium
 from made_trials import DEPTHS, power, sweep
 
 from genrec_dist.artifacts.files import read_json
@@ -45,6 +47,13 @@ def two_arms() -> list[Trial]:
 
 
 @pytest.fixture(scope="module")
+def browser() -> Iterator[Chromium]:
+    """One browser for all tests; those that need it are skipped where there is none."""
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     return write_report(two_arms(), tmp_path_factory.mktemp("sweep"), f"layers {HOSTILE}", FACTS, num_resamples=60)
 
@@ -59,25 +68,25 @@ def text_of(page: Path) -> str:
     return re.sub(r"<script.*?</script>", "", page.read_text(encoding="utf-8"), flags=re.S)
 
 
-def test_every_figure_is_drawn_in_a_browser_without_complaint(page):
-    with chromium() as browser:
-        for width in (1280, 390):
-            browser.open(page, width)
-            drawn = browser.run(DRAWN)
-            assert browser.complaints() == []
-            assert browser.requests() == [page.resolve().as_uri()]
-            assert {name.rsplit("-", 1)[0] for name, _, _ in drawn} == FIGURES
-            assert [name for name, traces, _ in drawn if not traces] == []
-            assert [name for name, _, excess in drawn if excess > 1] == []
-            assert browser.run(WIDER) == 0
-        assert browser.run("Plotly.version") is not None
-        ink = "getComputedStyle(document.querySelector('.canvas .xtick text')).fill"
-        light = browser.run(ink)
-        browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-        assert browser.run(f"new Promise(r => setTimeout(() => r({ink}), 50))") != light
+def test_every_figure_is_drawn_in_a_browser_without_complaint(page, browser):
+    for width in (1280, 390):
+        browser.open(page, width)
+        drawn = browser.run(DRAWN)
+        assert browser.complaints() == []
+        assert browser.requests() == [page.resolve().as_uri()]
+        assert {name.rsplit("-", 1)[0] for name, _, _ in drawn} == FIGURES
+        assert [name for name, traces, _ in drawn if not traces] == []
+        assert [name for name, _, excess in drawn if excess > 1] == []
+        assert browser.run(WIDER) == 0
+    assert browser.run("Plotly.version") is not None
+    ink = "getComputedStyle(document.querySelector('.canvas .xtick text')).fill"
+    light = browser.run(ink)
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    assert browser.run(f"new Promise(r => setTimeout(() => r({ink}), 50))") != light
+    browser.call("Emulation.setEmulatedMedia", features=[])
 
 
-def test_a_script_that_is_not_the_page_s_own_does_not_run(page, tmp_path):
+def test_a_script_that_is_not_the_page_s_own_does_not_run(page, browser, tmp_path):
     """The policy names the two scripts by their hash."""
     source = page.read_text(encoding="utf-8")
     scripts = re.findall(r"<script>(.*?)</script>", source, re.S)
@@ -85,10 +94,9 @@ def test_a_script_that_is_not_the_page_s_own_does_not_run(page, tmp_path):
     assert re.findall(r"'sha256-([^']+)'", source.split("</head>")[0]) == hashes
     spoilt = tmp_path / "spoilt.html"
     spoilt.write_text(source.replace("</body>", "<script>window.strange = 1</script></body>"), encoding="utf-8")
-    with chromium() as browser:
-        browser.open(spoilt, 800)
-        assert browser.run("window.strange") is None
-        assert any("Content Security Policy" in said for said in browser.complaints())
+    browser.open(spoilt, 800)
+    assert browser.run("window.strange") is None
+    assert any("Content Security Policy" in said for said in browser.complaints())
 
 
 def test_nothing_but_own_files_is_referenced_and_text_is_escaped(page):
@@ -157,8 +165,6 @@ def test_specifications_are_valid_plotly(page):
 
     specs = re.findall(r'<script type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
     assert len(specs) > len(FIGURES)
-    import json
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for spec in specs:
@@ -183,14 +189,13 @@ def scored_zero() -> list[Trial]:
 
 
 @pytest.mark.parametrize("made", [no_loss, bare, unfinished, scored_zero])
-def test_a_page_is_written_of_whatever_there_is(made, tmp_path):
+def test_a_page_is_written_of_whatever_there_is(made, browser, tmp_path):
     path = write_report(made(), tmp_path, "sparse", num_resamples=20)
     assert "<main>" in path.read_text(encoding="utf-8")
     assert read_json(tmp_path / "report.json")["arms"] == [made()[0].arm]
-    with chromium() as browser:
-        browser.open(path, 1280)
-        assert browser.complaints() == []
-        assert [name for name, traces, _ in browser.run(DRAWN) if not traces] == []
+    browser.open(path, 1280)
+    assert browser.complaints() == []
+    assert [name for name, traces, _ in browser.run(DRAWN) if not traces] == []
 
 
 def test_no_trials_no_report(tmp_path):

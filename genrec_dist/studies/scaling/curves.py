@@ -113,6 +113,7 @@ def solve(
     limit: float = np.inf,
     delta: float = DELTA,
     unit: float | None = None,
+    kept: np.ndarray | None = None,
 ) -> Solution:
     """Fit a curve to one set of points, or to each of many.
 
@@ -127,9 +128,10 @@ def solve(
         limit: largest c0; 1 for a metric that cannot exceed it.
         delta: of the Huber loss.
         unit: of x inside; its geometric mean by default.
+        kept: which points count, for each set; None: all.
 
     Shapes:
-        x: (num_points,); log_y: (num_points,) or (num_sets, num_points).
+        x: (num_points,); log_y: (num_points,) or (num_sets, num_points); kept: (num_sets, num_points) bool.
     """
     unit = unit or float(np.exp(np.log(x).mean()))
     scaled = x / unit
@@ -139,21 +141,23 @@ def solve(
     parts = []
     for first in range(0, len(log_y), CHUNK):
         some = log_y[first : first + CHUNK]
+        counted = None if kept is None else kept[first : first + CHUNK]
         if len(log_y) == 1 or len(whole) == 1:
             grid = np.broadcast_to(whole, (len(some), len(whole)))
         else:
-            grid = _promising(curve, scaled, some, sign, bounds, whole)
-        parts.append(_search(curve, scaled, some, sign, bounds, delta, grid, 6 if len(log_y) == 1 else 3))
+            grid = _promising(curve, scaled, some, sign, bounds, whole, counted)
+        parts.append(_search(curve, scaled, some, sign, bounds, delta, grid, 6 if len(log_y) == 1 else 3, counted))
     c0, c1, theta, objective = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Solution(curve, sign, unit, c0, c1, theta, objective)
 
 
-def _search(curve, x, log_y, sign, bounds, delta, grid, zooms):
+def _search(curve, x, log_y, sign, bounds, delta, grid, zooms, kept):
     """Best (c0, c1, theta, objective) of each set, from a grid that is refined around its best point."""
     zooms = zooms if grid.shape[1] > 1 else 0
+    kept = None if kept is None else kept[:, None]
     for zoom in range(zooms + 1):
         f = curve.shape(x, grid[..., None])
-        c0, c1, objective = _linear_part(f, log_y[:, None], sign, bounds, delta)
+        c0, c1, objective = _linear_part(f, log_y[:, None], sign, bounds, delta, kept)
         best = objective.argmin(axis=1)[:, None]
         if zoom < zooms:
             low, middle, high = (
@@ -164,10 +168,10 @@ def _search(curve, x, log_y, sign, bounds, delta, grid, zooms):
     return [np.take_along_axis(part, best, 1)[:, 0] for part in (c0, c1, grid, objective)]
 
 
-def _promising(curve, x, log_y, sign, bounds, whole):
+def _promising(curve, x, log_y, sign, bounds, whole, kept):
     """Thetas near the least-squares optimum of every set, for each sign of theta. Returns (num_sets, num_thetas)."""
     g = sign * curve.shape(x, whole[:, None])
-    over = np.exp(-log_y)
+    over = np.exp(-log_y) if kept is None else np.exp(-log_y) * kept
     square = over**2
     sums = [square.sum(-1)[:, None], square @ g.T, square @ (g**2).T, over.sum(-1)[:, None], over @ g.T]
     s00, s01, s11, b0, b1 = np.broadcast_arrays(*sums)
@@ -182,7 +186,7 @@ def _promising(curve, x, log_y, sign, bounds, whole):
     return np.concatenate(found, axis=1)
 
 
-def _linear_part(f, log_y, sign, bounds, delta):
+def _linear_part(f, log_y, sign, bounds, delta, kept):
     """Bounded c0 and c1 for every (set, theta), and the objective there.
 
     Gauss-Newton on log(c0 ± c1 f) - log y from the least-squares solution of relative errors; each step solves a
@@ -190,10 +194,10 @@ def _linear_part(f, log_y, sign, bounds, delta):
     logarithms exist.
 
     Shapes:
-        f: (1 or num_sets, num_thetas, num_points); log_y: (num_sets, 1, num_points).
+        f: (1 or num_sets, num_thetas, num_points); log_y, kept: (num_sets, 1, num_points).
     """
     g = sign * f
-    over = np.exp(-log_y)
+    over = np.exp(-log_y) if kept is None else np.exp(-log_y) * kept
     square = np.broadcast_to(over**2, np.broadcast_shapes(g.shape, log_y.shape))
     first = square * g
     c0, c1 = _in_box(
@@ -202,10 +206,13 @@ def _linear_part(f, log_y, sign, bounds, delta):
     p = np.maximum(c0[..., None] + g * c1[..., None], np.exp(log_y) / 3)
     best = None
     for step in range(STEPS + 1):
+        if kept is not None:
+            p = np.where(kept, p, 1.0)  # a point left out may be predicted below zero
         residual = np.log(p) - log_y
         size = np.maximum(np.abs(residual), delta)
         # Huber: r²/2 inside delta, delta |r| - delta²/2 outside; written with the clipped size, once for both.
-        objective = (0.5 * np.minimum(residual**2, delta**2) + delta * (size - delta)).sum(-1)
+        losses = 0.5 * np.minimum(residual**2, delta**2) + delta * (size - delta)
+        objective = losses.sum(-1) if kept is None else (losses * kept).sum(-1)
         if best is None:
             best = [c0, c1, objective]
         else:
@@ -213,14 +220,14 @@ def _linear_part(f, log_y, sign, bounds, delta):
             best = [np.where(better, new, old) for new, old in zip((c0, c1, objective), best, strict=True)]
         if step == STEPS:
             return best
-        w1 = 1 / (size * p)
+        w1 = 1 / (size * p) if kept is None else kept / (size * p)
         w2 = w1 / p
         target = w1 - w1 * residual
         w2g = w2 * g
         t0, t1 = _in_box(w2.sum(-1), w2g.sum(-1), (w2g * g).sum(-1), target.sum(-1), (target * g).sum(-1), bounds)
         goal = t0[..., None] + g * t1[..., None]
-        room = (np.float64(2 / 3) * p / np.maximum(p - goal, 1e-300)).min(-1)
-        room = np.where(room > 0, np.minimum(room, 1.0), 1.0)
+        room = 2 / 3 * p / np.maximum(p - goal, 1e-300)
+        room = np.minimum((room if kept is None else np.where(kept, room, 1.0)).min(-1), 1.0)
         c0, c1 = c0 + room * (t0 - c0), c1 + room * (t1 - c1)
         p = p + room[..., None] * (goal - p)
     return best

@@ -33,13 +33,12 @@ class FamilyFit:
     Args:
         solution: its parameters.
         aicc: Akaike's criterion for small samples; lower is better, infinite where there are too few runs.
-        left_out_error: root mean square relative error at depths that were left out in turn; None for fewer than
-            three depths.
+        left_out_error: root mean square relative error at depths that were left out in turn.
     """
 
     solution: Solution
     aicc: float
-    left_out_error: float | None
+    left_out_error: float
 
     @property
     def curve(self) -> Curve:
@@ -146,16 +145,11 @@ def fit_curve(points: Points, name: CurveName) -> Solution:
 def _fit_family(points: Points, curve: Curve) -> FamilyFit:
     solution = fit_curve(points, curve.name)
     residuals = np.log(points.y) - np.log(solution.predict(points.x)[0])
-    errors = []
-    for depth in points.depths:
-        kept = points.where(points.depth != depth)
-        if len(kept.depths) < 2:
-            continue
-        left_out = points.where(points.depth == depth)
-        predicted = fit_curve(kept, curve.name).predict(left_out.x)[0]
-        errors.append(predicted / left_out.y - 1)
-    error = float(np.sqrt((np.concatenate(errors) ** 2).mean())) if len(errors) > 2 else None
-    return FamilyFit(solution, aicc(residuals, curve.num_parameters), error)
+    out = points.depth == np.array(points.depths)[:, None]
+    log_y = np.broadcast_to(np.log(points.y), out.shape)
+    without = solve(curve, points.x, log_y, points.sign, points.limit, kept=~out)
+    errors = (without.predict(points.x) / points.y - 1)[out]
+    return FamilyFit(solution, aicc(residuals, curve.num_parameters), float(np.sqrt((errors**2).mean())))
 
 
 def aicc(residuals: np.ndarray, num_parameters: int) -> float:

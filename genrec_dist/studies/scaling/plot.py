@@ -171,7 +171,7 @@ def si(value: float | None, digits: int = 3) -> str:
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 1e16:
             break
-        if value >= size:
+        if value >= 0.9995 * size:
             return f"{value / size:.{digits}g}{suffix}" if value < 999.5 * size else f"{value / size:,.0f}{suffix}"
     return scientific(value) if value >= 1e16 else f"{value:.{digits}g}"
 

@@ -24,7 +24,7 @@ from torch import nn
 from genrec_dist.catalog.dataset import NO_TIMESTAMP
 from genrec_dist.collaborative.losses import full_softmax, scale_of, similarity
 from genrec_dist.config import HstuConfig
-from genrec_dist.generator.transformer import Layer
+from genrec_dist.generator.transformer import Layer, scale_residuals
 
 BUCKET_WIDTH = 0.301
 """Of the natural logarithm of seconds: 64 buckets reach seven years."""
@@ -50,6 +50,10 @@ class HstuLayer(Layer):
         nn.init.normal_(self.uvqk.weight, std=init_std)
         nn.init.xavier_uniform_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+
+    @property
+    def residual_outputs(self) -> list[nn.Linear]:
+        return [self.out]
 
     def step(self, x_BWD: torch.Tensor, bias_BWW: torch.Tensor, causal_WW: torch.Tensor) -> torch.Tensor:
         """The layer's output.
@@ -91,6 +95,8 @@ class HstuModel(nn.Module):
         for table in (self.item, self.place_bias, self.time_bias):
             nn.init.normal_(table.weight, std=config.init_std)
         nn.init.normal_(self.position.weight, std=dim**-0.5)
+        if config.init == "depth_scaled":
+            scale_residuals(self.layers)
 
     whole_parameters = ("item.weight",)
 

@@ -38,13 +38,12 @@ class HstuLayer(Layer):
         dim: D, a multiple of `num_heads`; queries, keys and values of all heads are as wide together.
         num_heads: H.
         dropout: of the gated values, in training.
-        places: n of the normalisation.
         init_std: of the input projection; the output projection starts Xavier uniform.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, places: int, init_std: float) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float, init_std: float) -> None:
         super().__init__()
-        self.num_heads, self.dropout, self.places = num_heads, dropout, places
+        self.num_heads, self.dropout = num_heads, dropout
         self.uvqk = nn.Linear(dim, 4 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
         nn.init.normal_(self.uvqk.weight, std=init_std)
@@ -89,7 +88,7 @@ class HstuModel(nn.Module):
         self.time_bias = nn.Embedding(config.time_buckets + 1, layers)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
-            HstuLayer(dim, config.num_heads, config.dropout, config.max_history, config.init_std) for _ in range(layers)
+            HstuLayer(dim, config.num_heads, config.dropout, config.init_std) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(dim) if config.similarity == "inner" else nn.Identity()
         for table in (self.item, self.place_bias, self.time_bias):

@@ -124,6 +124,10 @@ class OptimConfig(Section):
     )
 
 
+Init = Literal["plain", "depth_scaled"]
+INIT_OF_LAYERS = "start of the layers; depth_scaled: outputs of residual branches over the root of their number (GPT-2)"
+
+
 def _check_heads(section: str, dim: int, num_heads: int) -> None:
     if dim % num_heads:
         raise ValueError(f"{section}.dim {dim} must be a multiple of num_heads {num_heads}")
@@ -326,6 +330,7 @@ class GeneratorConfig(Section):
     train_item_embeddings: bool = Field(
         True, description="fine-tune the Stage I table that feeds the encoder and starts the nodes"
     )
+    init: Init = Field("plain", description=INIT_OF_LAYERS)
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")
@@ -349,6 +354,7 @@ class GptConfig(Section):
     head_similarity: Literal["dot", "cosine"] = "cosine"
     head_temperature: float = Field(0.07, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    init: Init = Field("plain", description=INIT_OF_LAYERS)
     optim: OptimConfig = OptimConfig(epochs=60, patience=6)
 
     @model_validator(mode="after")
@@ -368,6 +374,7 @@ class SasrecConfig(Section):
     max_history: int = Field(20, ge=1)
     similarity: Literal["inner", "cosine"] = "cosine"
     temperature: float = Field(0.07, gt=0)
+    init: Init = Field("plain", description=INIT_OF_LAYERS)
     optim: OptimConfig = OptimConfig()
 
 
@@ -389,6 +396,7 @@ class HstuConfig(Section):
     similarity: Literal["inner", "cosine"] = "cosine"
     temperature: float = Field(0.07, gt=0)
     init_std: float = Field(0.02, gt=0, description="of item table, biases and input projections")
+    init: Init = Field("plain", description=INIT_OF_LAYERS)
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ from torch import nn
 from genrec_dist.catalog.dataset import NO_TIMESTAMP
 from genrec_dist.collaborative.losses import full_softmax, scale_of, similarity
 from genrec_dist.config import HstuConfig
-from genrec_dist.generator.transformer import Layer
+from genrec_dist.generator.transformer import Layer, scale_residuals
 
 BUCKET_WIDTH = 0.301
 """Of the natural logarithm of seconds: 64 buckets reach seven years."""
@@ -38,18 +38,21 @@ class HstuLayer(Layer):
         dim: D, a multiple of `num_heads`; queries, keys and values of all heads are as wide together.
         num_heads: H.
         dropout: of the gated values, in training.
-        places: n of the normalisation.
         init_std: of the input projection; the output projection starts Xavier uniform.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, places: int, init_std: float) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float, init_std: float) -> None:
         super().__init__()
-        self.num_heads, self.dropout, self.places = num_heads, dropout, places
+        self.num_heads, self.dropout = num_heads, dropout
         self.uvqk = nn.Linear(dim, 4 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
         nn.init.normal_(self.uvqk.weight, std=init_std)
         nn.init.xavier_uniform_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+
+    @property
+    def residual_outputs(self) -> list[nn.Linear]:
+        return [self.out]
 
     def step(self, x_BWD: torch.Tensor, bias_BWW: torch.Tensor, causal_WW: torch.Tensor) -> torch.Tensor:
         """The layer's output.
@@ -85,12 +88,14 @@ class HstuModel(nn.Module):
         self.time_bias = nn.Embedding(config.time_buckets + 1, layers)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
-            HstuLayer(dim, config.num_heads, config.dropout, config.max_history, config.init_std) for _ in range(layers)
+            HstuLayer(dim, config.num_heads, config.dropout, config.init_std) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(dim) if config.similarity == "inner" else nn.Identity()
         for table in (self.item, self.place_bias, self.time_bias):
             nn.init.normal_(table.weight, std=config.init_std)
         nn.init.normal_(self.position.weight, std=dim**-0.5)
+        if config.init == "depth_scaled":
+            scale_residuals(self.layers)
 
     whole_parameters = ("item.weight",)
 

@@ -18,7 +18,7 @@ from genrec_dist.config import Config, SasrecConfig
 from genrec_dist.evaluation.dense import by_history
 from genrec_dist.evaluation.likelihood import dense_validation
 from genrec_dist.generator.parameters import count_parameters
-from genrec_dist.generator.transformer import init_weights
+from genrec_dist.generator.transformer import init_weights, scale_residuals
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.studies.sizes import sasrec_size
 from genrec_dist.training.engine import make_engine
@@ -59,6 +59,8 @@ class SasrecModel(nn.Module):
             config.dim, config.max_history, config.num_layers, config.num_heads, config.dropout, config.input_norm
         )
         init_weights(self.item)
+        if config.init == "depth_scaled":
+            scale_residuals(self.backbone.layers)
 
     whole_parameters = ("item.weight",)
 

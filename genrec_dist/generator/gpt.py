@@ -17,7 +17,7 @@ from torch import nn
 
 from genrec_dist.config import GptConfig
 from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, item_nats, node_means
-from genrec_dist.generator.transformer import AddNorm, CausalLayer, KeyValue, init_weights
+from genrec_dist.generator.transformer import AddNorm, CausalLayer, KeyValue, init_weights, scale_residuals
 from genrec_dist.identifiers.trie import Trie
 
 
@@ -68,6 +68,8 @@ class GptGenerator(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.apply(init_weights)
         nn.init.normal_(self.bos, std=0.02)
+        if config.init == "depth_scaled":
+            scale_residuals(self.layers)
         self.head = self._make_head(trie, table)
 
     def _make_head(self, trie: Trie, table: torch.Tensor | None) -> Head:

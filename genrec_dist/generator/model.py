@@ -25,7 +25,14 @@ from genrec_dist.collaborative.losses import (
 )
 from genrec_dist.config import GeneratorConfig
 from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, item_nats, node_means
-from genrec_dist.generator.transformer import AddNorm, DecoderLayer, EncoderLayer, KeyValue, init_weights
+from genrec_dist.generator.transformer import (
+    AddNorm,
+    DecoderLayer,
+    EncoderLayer,
+    KeyValue,
+    init_weights,
+    scale_residuals,
+)
 from genrec_dist.identifiers.trie import Trie
 
 Memory = tuple[list[KeyValue | torch.Tensor], torch.Tensor]
@@ -71,6 +78,9 @@ class Generator(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.apply(init_weights)
         nn.init.normal_(self.bos, std=0.02)
+        if config.init == "depth_scaled":
+            scale_residuals(self.encoder)
+            scale_residuals(self.decoder)
 
         if config.encoder_input == "item":
             self.item = nn.Embedding.from_pretrained(self.integrated.clone(), freeze=not config.train_item_embeddings)

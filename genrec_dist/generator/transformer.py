@@ -7,7 +7,7 @@ Source: Vaswani et al. (2017); pre-norm as in Xiong et al. (2020).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, cast
 
@@ -189,6 +189,11 @@ class Layer(nn.Module):
 
     step: Callable[..., Any]
 
+    @property
+    def residual_outputs(self) -> list[nn.Linear]:
+        """What each of its branches ends with, before it is added to the state."""
+        raise NotImplementedError
+
 
 class _Layer(Layer):
     """What the Transformer's layers share: pre-norm, and a last branch that the next norm adds.
@@ -215,6 +220,10 @@ class _SelfAttentionLayer(_Layer):
         self.attention_norm = AddNorm(dim)
         self.attention = Attention(dim, num_heads, dropout)
         self._add_feed_forward(dim, multiplier, dropout)
+
+    @property
+    def residual_outputs(self) -> list[nn.Linear]:
+        return [self.attention.out, cast(nn.Linear, self.ffn[3])]
 
 
 class EncoderLayer(_SelfAttentionLayer):
@@ -243,6 +252,10 @@ class DecoderLayer(_Layer):
         self.cross_norm = AddNorm(dim)
         self.cross_attention = Attention(dim, num_heads, dropout)
         self._add_feed_forward(dim, multiplier, dropout)
+
+    @property
+    def residual_outputs(self) -> list[nn.Linear]:
+        return [self.self_attention.out, self.cross_attention.out, cast(nn.Linear, self.ffn[3])]
 
     def step(
         self,
@@ -341,6 +354,19 @@ def _recomputed(layer: nn.Module, step: Callable, *args: Any, **kwargs: Any) -> 
     if not (layer.training and torch.is_grad_enabled()):
         return step(*args, **kwargs)
     return checkpoint(step, *args, use_reentrant=False, **kwargs)
+
+
+def scale_residuals(layers: Iterable[nn.Module]) -> None:
+    """Divide the start of all branches' outputs of a stack by the square root of their number.
+
+    However many layers, the state that leaves the stack then starts about as large.
+
+    Source: Radford et al. (2019), section 2.3.
+    """
+    outputs = [out for layer in layers for out in cast(Layer, layer).residual_outputs]
+    with torch.no_grad():
+        for out in outputs:
+            out.weight.mul_(len(outputs) ** -0.5)
 
 
 def init_weights(module: nn.Module) -> None:

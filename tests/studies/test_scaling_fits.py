@@ -80,6 +80,22 @@ def test_intervals_cover_the_truth_in_200_draws(quantity, planted, noise, seeds)
     assert (shares <= 0.98).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bits", "fewest", "most"),
+    [
+        (power(8.0, 2.0, 0.5), 95, 100),
+        (lambda depth: 9.0, 0, 5),
+        (lambda depth: 8 + 2 * np.exp(-depth / 3), 0, 5),
+    ],
+    ids=["power law", "constant", "plateau"],
+)
+def test_verdicts_are_right_in_100_draws(bits, fewest, most):
+    supported = sum(verdict_of(sweep(bits=bits, seed=1000 + draw)).supported for draw in range(100))
+    print(f"supported in {supported} of 100")
+    assert fewest <= supported <= most
+
+
 def test_every_seed_is_a_point():
     chosen = points(sweep())
     assert len(chosen.x) == 3 * len(DEPTHS)

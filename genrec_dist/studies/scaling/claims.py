@@ -64,7 +64,6 @@ class ClaimVerdict:
     Args:
         difference: metric at the claim's deep depth less that at its base, by seed.
         slope: gain a doubling of the depth, from the base on, by seed.
-        base_mean: metric at the base depth, mean of the same seeds.
     """
 
     claim: Claim
@@ -73,7 +72,6 @@ class ClaimVerdict:
     sentence: str
     difference: Difference | None
     slope: Difference | None
-    base_mean: float | None
 
 
 def by_seed(trials: Sequence[Trial], arm: str, metric: str) -> dict[int, dict[int, float]]:
@@ -112,14 +110,14 @@ def judge(trials: Sequence[Trial], claim: Claim, metric: str) -> ClaimVerdict:
         why = (
             f"no finished run of {claim.arm} at {' or '.join(missing)} layers" if missing else "no seed has both depths"
         )
-        return ClaimVerdict(claim, metric, "undecided", f"{name}: {why}.", None, slope, None)
+        return ClaimVerdict(claim, metric, "undecided", f"{name}: {why}.", None, slope)
     shared = values[claim.deep].keys() & values[claim.base].keys()
     base_mean = float(np.mean([values[claim.base][s] for s in shared]))
     seeds = f"{difference.num_seeds} seed{'s' if difference.num_seeds > 1 else ''}"
     said = f"{name}: {difference.mean:+.4f} ({difference.mean / base_mean:+.1%})" if base_mean else name
     if difference.interval is None:
         sentence = f"{said}, one seed, so no interval."
-        return ClaimVerdict(claim, metric, "undecided", sentence, difference, slope, base_mean)
+        return ClaimVerdict(claim, metric, "undecided", sentence, difference, slope)
     low, high = difference.interval
     judgement: Judgement = "undecided"
     if low > 0 or high < 0:
@@ -128,7 +126,7 @@ def judge(trials: Sequence[Trial], claim: Claim, metric: str) -> ClaimVerdict:
     if slope and slope.interval:
         span = f"{slope.interval[0]:+.4f} to {slope.interval[1]:+.4f}"
         sentence += f" A doubling from {claim.base} layers on: {slope.mean:+.4f} ({span})."
-    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), difference, slope, base_mean)
+    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), difference, slope)
 
 
 def judge_all(trials: Sequence[Trial]) -> list[ClaimVerdict]:

@@ -27,8 +27,7 @@ class Curve:
     """One family.
 
     Args:
-        name: of the family.
-        formula: for a loss; a metric has '-' before its second term, and M∞ in the place of E.
+        name: of the family; docs/scaling_report.md has the formulas.
         num_parameters: of the curve, without the scale of the noise.
         shape: f(x, theta), x in units of its geometric mean; arrays that broadcast.
         grid: values of theta to search, from x.
@@ -36,7 +35,6 @@ class Curve:
     """
 
     name: CurveName
-    formula: str
     num_parameters: int
     shape: Callable[[np.ndarray, np.ndarray], np.ndarray]
     grid: Callable[[np.ndarray], np.ndarray]
@@ -61,11 +59,11 @@ def _peaks(x: np.ndarray) -> np.ndarray:
 CURVES: dict[CurveName, Curve] = {
     curve.name: curve
     for curve in (
-        Curve("constant", "E", 1, lambda x, theta: 0 * (x + theta), lambda x: np.ones(1)),
-        Curve("log_linear", "E - B log N", 2, lambda x, theta: -np.log(x) + 0 * theta, lambda x: np.ones(1), True),
-        Curve("power", "E + A N^-α", 3, lambda x, theta: x**-theta, _exponents),
-        Curve("saturating", "E + A exp(-N / N₀)", 3, lambda x, theta: np.exp(-theta * x), _rates),
-        Curve("peaked", "E + A (log N - log N*)²", 3, lambda x, theta: (np.log(x) - theta) ** 2, _peaks),
+        Curve("constant", 1, lambda x, theta: 0 * (x + theta), lambda x: np.ones(1)),
+        Curve("log_linear", 2, lambda x, theta: -np.log(x) + 0 * theta, lambda x: np.ones(1), True),
+        Curve("power", 3, lambda x, theta: x**-theta, _exponents),
+        Curve("saturating", 3, lambda x, theta: np.exp(-theta * x), _rates),
+        Curve("peaked", 3, lambda x, theta: (np.log(x) - theta) ** 2, _peaks),
     )
 }
 """Families: LAST1, LOG2, POW3, EXP3 of Viering and Loog 2022 (The Shape of Learning Curves, table 1), and a parabola in
@@ -84,7 +82,7 @@ class Solution:
 
     Shapes:
         all: (num_resamples,) float64. c0, c1 and theta belong to x in units of `unit`.
-        objective: weighted sum of Huber losses.
+        objective: sum of Huber losses over the points that count.
     """
 
     curve: Curve

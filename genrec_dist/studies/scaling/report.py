@@ -168,7 +168,8 @@ def _tiles(study: ScalingStudy) -> list[Tile]:
 
 
 def _protocol(study: ScalingStudy, facts: Mapping[str, str]) -> str:
-    parts = [facts[key] for key in ("data", "order") if key in facts]
+    parts = [facts["data"]] if "data" in facts else []
+    parts += [f"order {facts['order']}"] if "order" in facts else []
     parts += dict.fromkeys(trial.hardware for trial in study.finished if trial.hardware)
     return " · ".join(parts)
 

@@ -261,7 +261,7 @@ def _depth_axis(study: ScalingStudy) -> dict[str, Any]:
 def _shades(count: int) -> list[str]:
     """From light to dark, all of them readable on white and on near black."""
     scale = mpl.colormaps["viridis_r"]
-    return [to_hex(scale(0.15 + 0.8 * i / max(count - 1, 1))) for i in range(count)]
+    return [to_hex(scale(0.12 + 0.6 * i / max(count - 1, 1))) for i in range(count)]
 
 
 def _curve_quantity(runs: Sequence[Trial]) -> tuple[str, Callable[[CurvePoint], float | None]]:

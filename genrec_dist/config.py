@@ -122,6 +122,9 @@ class OptimConfig(Section):
     length_buckets: int = Field(
         0, ge=0, description="batches per window sorted by history length; 0 keeps the plain shuffle"
     )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="validate and keep a moving average of the weights with this decay; 0: none"
+    )
 
 
 Init = Literal["plain", "depth_scaled"]
@@ -154,6 +157,13 @@ class FusionConfig(Section):
     attention: Literal["dot", "mlp"] = Field(
         "dot", description="activation unit of DIN: bilinear, or the MLP of the DIN paper"
     )
+    item_dropout: float = Field(0.0, ge=0, lt=1, description="share of a history's items that training hides")
+    time_bumps: int = Field(
+        0,
+        ge=0,
+        description="width of the code of a history item's time, read beside the item; 0: times are not read",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the next-item softmax (full_softmax)")
     item_input: Literal["sum", "collaborative"] = Field(
         "sum", description="what the sequence model reads: E_C + E_T, or E_C alone"
     )
@@ -206,6 +216,7 @@ class LightgcnOptim(OptimConfig):
     patience: int = Field(5, ge=1, description="validations without a better NDCG@10 before stopping")
     precision: Literal["fp32"] = "fp32"
     length_buckets: int = Field(0, ge=0, le=0, description="always 0: pairs have no length")
+    ema_decay: float = Field(0.0, ge=0, le=0, description="always 0: tables sharded by owner have no average")
 
 
 class LightgcnConfig(Section):
@@ -309,6 +320,12 @@ class GeneratorConfig(Section):
     ffn_multiplier: int = Field(4, ge=1)
     dropout: float = Field(0.3, ge=0, lt=1)
     max_history: int = Field(20, ge=1)
+    item_dropout: float = Field(0.0, ge=0, lt=1, description="share of a history's items that training hides")
+    time_bumps: int = Field(
+        0,
+        ge=0,
+        description="width of the code of a history item's time, read beside the item; 0: times are not read",
+    )
     encoder_input: Literal["item", "codes"] = Field(
         "item", description="one Stage I embedding an item, or its code sequence"
     )
@@ -327,8 +344,9 @@ class GeneratorConfig(Section):
     )
     distill_similarity: Literal["dot", "cosine"] = "cosine"
     distill_temperature: float = Field(0.07, gt=0)
-    train_item_embeddings: bool = Field(
-        True, description="fine-tune the Stage I table that feeds the encoder and starts the nodes"
+    train_item_embeddings: bool = Field(True, description="fine-tune the Stage I table that feeds the encoder")
+    train_node_embeddings: bool = Field(
+        True, description="fine-tune the node embeddings that the Stage I table starts (head child)"
     )
     init: Init = Field("plain", description=INIT_OF_LAYERS)
     optim: OptimConfig = OptimConfig()

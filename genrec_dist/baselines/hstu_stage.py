@@ -23,7 +23,7 @@ from genrec_dist.training.engine import make_engine
 from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
 from genrec_dist.training.samples import holdout_samples
-from genrec_dist.training.tasks import RowBatches
+from genrec_dist.training.tasks import RowBatches, steady
 from genrec_dist.training.worker import Worker
 
 
@@ -64,10 +64,7 @@ class HstuTask:
         self.valid, _ = holdout_samples(sequences, width, "valid", worker.device, times=True)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
-        batch = self.batches.local(indices, worker)
-        if worker.device.type == "cuda":  # a number would be part of a captured step
-            batch["count"] = torch.full((), batch["count"], device=worker.device)
-        return batch
+        return steady(self.batches.local(indices, worker), worker)
 
     @property
     def prefetch_depth(self) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.collaborative.backbones import SasRec
-from genrec_dist.collaborative.losses import full_softmax, scale_of, similarity
+from genrec_dist.collaborative.losses import counted, full_softmax, scale_of, similarity
 from genrec_dist.config import Config, SasrecConfig
 from genrec_dist.evaluation.dense import by_history
 from genrec_dist.evaluation.likelihood import dense_validation
@@ -25,7 +25,7 @@ from genrec_dist.training.engine import make_engine
 from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
 from genrec_dist.training.samples import holdout_samples
-from genrec_dist.training.tasks import RowBatches
+from genrec_dist.training.tasks import RowBatches, steady
 from genrec_dist.training.worker import Worker
 
 
@@ -67,10 +67,11 @@ class SasrecModel(nn.Module):
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Cross-entropy over the catalog at every position of the windows."""
         config = self.config
-        states = self.backbone.states(self.item.weight, batch["history"])[batch["mask"]]
+        states = self.backbone.states(self.item.weight, batch["history"])
+        states, targets = counted(states, batch["targets"], batch["mask"])
         logits = similarity(states, self.item.weight, config.similarity)
         logits = logits * scale_of(config.similarity, config.temperature)
-        return {"loss": full_softmax(logits, batch["targets"][batch["mask"]]) / batch["count"]}
+        return {"loss": full_softmax(logits, targets) / batch["count"]}
 
     @torch.no_grad()
     def score_catalog(self, history: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -99,7 +100,7 @@ class SasrecTask:
         self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
-        return self.batches.local(indices, worker)
+        return steady(self.batches.local(indices, worker), worker)
 
     def tokens(self, indices: np.ndarray) -> int:
         """Items of a global batch that are read."""

@@ -48,6 +48,14 @@ def check_shardable(config: FusionConfig) -> None:
             expected="fusion.mode joint",
             fix="set runtime.shard_tables=false",
         )
+    if config.time_bumps:
+        raise ConfigError(
+            "times are not read over graph partitions",
+            where="fusion.time_bumps",
+            got=config.time_bumps,
+            expected="0 with runtime.shard_tables",
+            fix="set one of them to its default",
+        )
     if config.backbone == "sasrec" and config.loss == "full_softmax":
         raise ConfigError(
             "a loss at every position over the whole catalog is not sharded",

@@ -31,7 +31,7 @@ from genrec_dist.training.loop import train
 from genrec_dist.training.owned import OwnedSequences
 from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.sharded import ShardedEngine, refuse_deepspeed
-from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, uniform_negatives
+from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, steady, uniform_negatives
 from genrec_dist.training.worker import Worker
 
 COMPARED_ITEMS = 50_000
@@ -74,26 +74,37 @@ class FusionTask:
     ) -> None:
         torch.manual_seed(seed)
         self.config, self.seed, self.users = config, seed, users
-        self.model = FusionModel(config, semantic, seed).to(worker.device)
+        span = sequences.span if config.time_bumps else (0, 1)
+        self.model = FusionModel(config, semantic, seed, span=span).to(worker.device)
         optim, device = config.optim, worker.device
         self.batches: PrefixBatches | RowBatches
         if config.backbone == "sasrec" and config.loss == "full_softmax":
-            self.batches = RowBatches.build(sequences, config.max_history, optim.batch_size, seed, device)
+            self.batches = RowBatches.build(
+                sequences, config.max_history, optim.batch_size, seed, device, times=bool(config.time_bumps)
+            )
         else:
             self.batches = PrefixBatches.build(
-                sequences, config.max_history, optim.batch_size, seed, optim.length_buckets, device
+                sequences,
+                config.max_history,
+                optim.batch_size,
+                seed,
+                optim.length_buckets,
+                device,
+                times=bool(config.time_bumps),
             )
         self.order = self.batches.order
-        self.valid, _ = holdout_samples(sequences, config.max_history, "valid", device)
+        self.valid, _ = holdout_samples(sequences, config.max_history, "valid", device, times=bool(config.time_bumps))
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
         batch = self.batches.local(indices, worker)
-        batch |= alignment_batch(self.batches.target_items(indices), worker)
+        if self.config.align_weight:
+            most = self.batches.most_targets if worker.device.type == "cuda" else 0
+            batch |= alignment_batch(self.batches.target_items(indices), worker, most)
         if self.config.loss == "sampled_softmax":
             batch["negatives"] = uniform_negatives(
                 self.model.num_items, self.config.num_negatives, self.seed, indices, worker.device
             )
-        return batch
+        return steady(batch, worker)
 
     @torch.no_grad()
     def validate(self, worker: Worker) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from genrec_dist.collaborative.backbones import history_of
 from genrec_dist.training.samples import HistorySamples
 from genrec_dist.training.worker import Worker
 
@@ -17,9 +18,9 @@ Scorer = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 """Batch of samples -> scores of all items, (B, num_items)."""
 
 
-def by_history(score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Scorer:
-    """A scorer that reads history and mask alone."""
-    return lambda batch: score(batch["history"], batch["mask"])
+def by_history(score: Callable[..., torch.Tensor]) -> Scorer:
+    """A scorer that reads history and mask, and the history's own times where the batch holds times."""
+    return lambda batch: score(*history_of(batch))
 
 
 def target_ranks(scores_BN: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from genrec_dist.collaborative.backbones import history_of
 from genrec_dist.evaluation.dense import Scorer, batched, target_ranks
 from genrec_dist.evaluation.metrics import BITS, rank_metrics
 from genrec_dist.training.samples import HistorySamples
@@ -35,7 +36,7 @@ def mean_bits(nats: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def code_bits(
-    nats: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    nats: Callable[..., torch.Tensor],
     samples: HistorySamples,
     max_history: int,
     worker: Worker,
@@ -44,7 +45,8 @@ def code_bits(
     """`bits_per_item` of a model that writes codes, the same on every worker and for any number of them.
 
     Args:
-        nats: (history, mask, target) -> negative log-probability of each target, (B,).
+        nats: (history, mask, target, and times where batches hold them) -> negative log-probability of each target,
+            (B,).
         samples: histories and targets.
         limit: only the first so many users; 0 takes all.
     """
@@ -53,7 +55,8 @@ def code_bits(
     for start, end in batched(count, BATCH_USERS, worker):
         worker.alive()
         batch = samples.gather(torch.arange(start, end, device=worker.device), max_history)
-        found[start:end] = nats(batch["history"], batch["mask"], batch["target"]).double()
+        history, mask, *times = history_of(batch)
+        found[start:end] = nats(history, mask, batch["target"], *times).double()
     return mean_bits(worker.sum(found).cpu().numpy())
 
 

@@ -165,7 +165,11 @@ class GptGenerator(nn.Module):
 
     # Search
 
-    def begin(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, Prefix, None]:
+    reads_times = False
+
+    def begin(
+        self, history_BS: torch.Tensor, mask_BS: torch.Tensor, times_BS: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Prefix, None]:
         """Run the histories once: state that predicts the next item's first code (B, 1, D), and the prefix.
 
         Shapes:

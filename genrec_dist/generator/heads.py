@@ -75,17 +75,24 @@ class ChildHead(nn.Module):
         dim: D of the decoder.
         node_embeddings: start values.
         kind, temperature: similarity of query and node.
+        trained: False keeps the node embeddings as they start.
 
     Shapes:
         node_embeddings: (num_nodes, N) float32.
     """
 
     def __init__(
-        self, trie: DeviceTrie, dim: int, node_embeddings: torch.Tensor, kind: str, temperature: float
+        self,
+        trie: DeviceTrie,
+        dim: int,
+        node_embeddings: torch.Tensor,
+        kind: str,
+        temperature: float,
+        trained: bool = True,
     ) -> None:
         super().__init__()
         self.trie, self.kind, self.scale = [trie], kind, scale_of(kind, temperature)
-        self.nodes = nn.Embedding.from_pretrained(node_embeddings.clone(), freeze=False)
+        self.nodes = nn.Embedding.from_pretrained(node_embeddings.clone(), freeze=not trained)
         self.query = nn.Linear(dim, node_embeddings.shape[1])
 
     def table(self, rows: float) -> torch.Tensor | None:

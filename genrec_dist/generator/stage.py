@@ -49,9 +49,9 @@ def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: 
     return Stage("generator", 2, settings, inputs, lambda context: launch(train_generator, context, settings))
 
 
-def build_model(config: GeneratorConfig, fusion: Path, identifiers: Path) -> Generator:
+def build_model(config: GeneratorConfig, fusion: Path, identifiers: Path, span: tuple[int, int] = (0, 1)) -> Generator:
     """The generator with fresh weights."""
-    return Generator(config, Trie.load(identifiers), torch.from_numpy(read_embeddings(fusion)))
+    return Generator(config, Trie.load(identifiers), torch.from_numpy(read_embeddings(fusion)), span)
 
 
 def load_model(config: GeneratorConfig, fusion: Path, identifiers: Path, generator: Path) -> Generator:
@@ -72,10 +72,11 @@ class GeneratorTask:
             settings["seed"],
             config.optim.length_buckets,
             worker.device,
+            times=model.reads_times,
         )
         self.order = self.batches.order
         self._costs = step_costs(model)
-        self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
+        self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device, times=model.reads_times)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
         shared = {}
@@ -153,7 +154,8 @@ def train_generator(worker: Worker, context: StageContext, settings: dict) -> No
     config = GeneratorConfig.model_validate(settings["generator"])
     sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
     torch.manual_seed(settings["seed"])
-    model = build_model(config, context.inputs["fusion"], context.inputs["identifiers"]).to(worker.device)
+    span = sequences.span if config.time_bumps else (0, 1)
+    model = build_model(config, context.inputs["fusion"], context.inputs["identifiers"], span).to(worker.device)
     task = GeneratorTask(model, sequences, worker, settings)
     sizes = count_parameters(model)
     engine = make_engine(model, config.optim, worker, context.runtime)

@@ -191,6 +191,7 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
     inputs = config.max_history * dim + (depth + 2) * dim + dim + 2 * dim
     inputs += 0 if from_items and child else depth * codebook.num_codes * dim
     inputs += linear(width, dim) * (from_items + child)
+    inputs += linear(config.time_bumps, dim) if config.time_bumps else 0
     parameters = {
         "node embeddings": codebook.num_nodes * width if child else 0,
         "inputs": inputs,
@@ -279,6 +280,8 @@ def fusion_size(config: FusionConfig, num_items: int, semantic_dim: int, mean_ta
         "adaption layer": linear(semantic_dim, dim) + linear(dim, 2 * dim),
         "backbone": din if is_din else _sasrec_backbone(dim, history, config.num_layers) + 2 * dim * config.input_norm,
     }
+    if config.time_bumps:
+        parameters["times"] = linear(config.time_bumps, dim)
     adaption = 2.0 * distinct * (semantic_dim * dim + 2 * dim**2) / batch  # the table is made once a batch
     alignment = 2.0 * min(batch, num_items) * dim
     if is_din:

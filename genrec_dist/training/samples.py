@@ -184,15 +184,21 @@ class RowSamples(Gatherer[WindowSpans]):
 
 
 def prefix_samples(
-    sequences: Sequences, max_history: int, device: torch.device, resident: bool | None = None
+    sequences: Sequences,
+    max_history: int,
+    device: torch.device,
+    resident: bool | None = None,
+    times: bool = False,
 ) -> HistorySamples:
     """Every prefix of every user's train part as one sample: history of at most `max_history`, next item.
 
     Args:
         resident: gather on the device; None: where it fits.
+        times: batches hold the items' times.
     """
-    resident = fits_device(sequences, device) if resident is None else resident
-    return HistorySamples(sequences.items, PrefixSpans.of(sequences, max_history), device, resident)
+    resident = fits_device(sequences, device, times) if resident is None else resident
+    stamps = sequences.timestamps if times else None
+    return HistorySamples(sequences.items, PrefixSpans.of(sequences, max_history), device, resident, stamps)
 
 
 def holdout_samples(

@@ -14,7 +14,7 @@ import torch
 from genrec_dist.catalog.dataset import Sequences
 from genrec_dist.training.loop import local_part
 from genrec_dist.training.order import BatchOrder
-from genrec_dist.training.samples import HistorySamples, Indices, RowSamples, prefix_samples, row_samples
+from genrec_dist.training.samples import HistorySamples, Indices, RowSamples, prefix_samples, row_samples, send
 from genrec_dist.training.worker import Worker
 
 WIDTH_STEP = 4
@@ -40,10 +40,17 @@ class PrefixBatches:
 
     @classmethod
     def build(
-        cls, sequences: Sequences, max_history: int, batch_size: int, seed: int, buckets: int, device: torch.device
+        cls,
+        sequences: Sequences,
+        max_history: int,
+        batch_size: int,
+        seed: int,
+        buckets: int,
+        device: torch.device,
+        times: bool = False,
     ) -> PrefixBatches:
         """Prefix samples of the train part in the order of `seed`."""
-        samples = prefix_samples(sequences, max_history, device)
+        samples = prefix_samples(sequences, max_history, device, times=times)
         return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets))
 
     def local(self, indices: Any, worker: Worker) -> dict:
@@ -72,6 +79,11 @@ class PrefixBatches:
     def target_items(self, indices: np.ndarray) -> np.ndarray:
         """Target items of a global batch."""
         return self.samples.targets(indices)
+
+    @property
+    def most_targets(self) -> int:
+        """Targets of a global batch at most."""
+        return self.order.batch_size
 
     def tokens_of(self, indices: Indices) -> int:
         """Items of the histories of a global batch."""
@@ -143,6 +155,11 @@ class RowBatches:
         return self.samples.targets(indices)
 
     @property
+    def most_targets(self) -> int:
+        """Targets of a global batch at most."""
+        return self.order.batch_size * self.samples.width
+
+    @property
     def prefetch_depth(self) -> int:
         """Batches worth making ahead."""
         return self.samples.prefetch_depth
@@ -152,15 +169,33 @@ class RowBatches:
         return self.samples.tokens_of(indices)
 
 
-def alignment_batch(target_items: np.ndarray, worker: Worker) -> dict:
-    """Distinct items of the global batch, and the anchors among them that this worker takes."""
+def alignment_batch(target_items: np.ndarray, worker: Worker, padded: int = 0) -> dict:
+    """Distinct items of the global batch, and the anchors among them that this worker takes.
+
+    Args:
+        padded: places for distinct items, so that all batches have the same shapes; `align_size` of them are taken.
+            0: as many as there are.
+    """
     distinct = np.unique(target_items)
-    anchors = np.arange(worker.rank, len(distinct), worker.world_size)
-    return {
-        "align_items": torch.from_numpy(distinct.astype(np.int64)).to(worker.device),
-        "align_anchors": torch.from_numpy(anchors).to(worker.device),
-        "align_count": len(distinct) / worker.world_size,
+    size = len(distinct)
+    places = padded + 1 if padded else size  # the last place is padding, for workers without an anchor of their own
+    anchors = np.arange(worker.rank, -(-places // worker.world_size) * worker.world_size, worker.world_size)
+    items = np.zeros(places, np.int64)
+    items[:size] = distinct
+    batch = {
+        "align_items": send(items, worker.device),
+        "align_anchors": send(anchors[anchors < size] if not padded else anchors.clip(max=places - 1), worker.device),
+        "align_count": size / worker.world_size,
     }
+    return batch | ({"align_size": torch.full((), size, device=worker.device)} if padded else {})
+
+
+def steady(batch: dict, worker: Worker) -> dict:
+    """On a GPU the counts of a batch as tensors, so that one captured step serves all batches of a shape."""
+    if worker.device.type != "cuda":
+        return batch
+    numbers = {name: value for name, value in batch.items() if isinstance(value, (int, float))}
+    return batch | {name: torch.full((), float(value), device=worker.device) for name, value in numbers.items()}
 
 
 def uniform_negatives(num_items: int, count: int, seed: int, indices: np.ndarray, device: torch.device) -> torch.Tensor:

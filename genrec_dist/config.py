@@ -132,8 +132,13 @@ def _check_heads(section: str, dim: int, num_heads: int) -> None:
 class FusionConfig(Section):
     """PRORec Stage I: sequence backbone, modality adaption layer, alignment."""
 
-    mode: Literal["joint", "concat_pca"] = Field(
-        "joint", description="concat_pca: the naive concatenation baseline of PRORec section 4.3"
+    mode: Literal["joint", "concat_pca", "semantic", "collaborative"] = Field(
+        "joint",
+        description="the arms of PRORec Table 5. concat_pca: the naive concatenation; semantic: text alone, nothing is "
+        "trained here; collaborative: E_C of a model that never sees the text",
+    )
+    semantic_pca: bool = Field(
+        True, description="mode semantic: reduce E_S to `dim` by PCA first, as concat_pca does; False: E_S as it is"
     )
     backbone: Literal["din", "sasrec"] = "din"
     dim: int = Field(128, ge=4)

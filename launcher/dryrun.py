@@ -102,7 +102,7 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
             codebook = codebook_size(config, counts, finished.get("identifiers"))
             if codebook.note != "exact":
                 notes.append(f"codebook: {codebook.note}; k-means that splits unevenly goes deeper")
-            width = config.fusion.dim * (2 if concatenated(config) else 1)
+            width = integrated_width(config, finished.get("semantic"), notes)
             sizes[section] = (
                 generator_size(config.generator, codebook, counts.num_items, width),
                 counts.num_prefixes,
@@ -119,9 +119,15 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
     return Plan(rows, counts, codebook, [_loop(config, n, *s) for n, s in sizes.items()], notes, embedding)
 
 
-def concatenated(config: Config) -> bool:
-    """True when the integrated embedding is twice as wide as a table."""
-    return config.fusion.mode == "concat_pca" or config.fusion.integrated == "concat"
+def integrated_width(config: Config, semantic: Path | None, notes: list[str]) -> int:
+    """Columns of the integrated embeddings."""
+    fusion = config.fusion
+    if fusion.mode in ("semantic", "concat_pca"):
+        full = _text_width(config, semantic, notes)
+        if fusion.mode == "semantic":
+            return min(full, fusion.dim) if fusion.semantic_pca else full
+        return min(full, fusion.dim) + fusion.dim
+    return fusion.dim * (2 if fusion.mode == "joint" and fusion.integrated == "concat" else 1)
 
 
 def _action(stage: Stage, store: Path) -> str:
@@ -141,15 +147,22 @@ def _loop(config: Config, name: str, size: ModelSize, samples: int) -> Loop:
 
 
 def _fusion(config: Config, counts: Counts, semantic: Path | None, notes: list[str]) -> tuple[ModelSize, int]:
-    dim = semantic_dim(config, semantic)
-    if dim is None:
-        dim = DEFAULT_DIM
-        notes.append(f"semantic embeddings: width unknown before the stage has run, {dim} assumed")
+    dim = _text_width(config, semantic, notes)
     settings, samples, mean = config.fusion, counts.num_prefixes, 1.0
     if settings.backbone == "sasrec" and settings.loss == "full_softmax":  # a loss at every position of a row
         samples = max(counts.num_windows(settings.max_history), 1)
         mean = counts.num_prefixes / samples
     return fusion_size(settings, counts.num_items, dim, mean), samples
+
+
+def _text_width(config: Config, semantic: Path | None, notes: list[str]) -> int:
+    """Columns of the text embeddings; a guess is noted once."""
+    dim = semantic_dim(config, semantic)
+    if dim is not None:
+        return dim
+    note = f"semantic embeddings: width unknown before the stage has run, {DEFAULT_DIM} assumed"
+    notes += [] if note in notes else [note]
+    return DEFAULT_DIM
 
 
 def catalog_counts(config: Config, artifact: Path | None) -> Counts | None:

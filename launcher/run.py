@@ -96,7 +96,7 @@ def check_elastic(config: Config, by_owner: set[str]) -> None:
 def trained_sections(config: Config) -> list[str]:
     """Configuration sections with a gradient loop that the method or a reference uses."""
     sections = {
-        "prorec": ["fusion", "generator"],
+        "prorec": ["fusion", "generator"] if config.fusion.mode != "semantic" else ["generator"],
         "csj_id": ["lightgcn", "gpt"],
         "semantic_id": ["gpt"],
         "lightgcn": ["lightgcn"],

@@ -40,11 +40,11 @@ def check_shardable(config: FusionConfig) -> None:
     Raises:
         ConfigError: a loss at every position of a row, or the naive concatenation, which needs the whole table.
     """
-    if config.mode == "concat_pca":
+    if config.mode != "joint":
         raise ConfigError(
-            "the naive concatenation needs the whole table on one worker",
+            "this arm needs the whole table on one worker",
             where="runtime.shard_tables",
-            got="fusion.mode concat_pca",
+            got=f"fusion.mode {config.mode}",
             expected="fusion.mode joint",
             fix="set runtime.shard_tables=false",
         )

@@ -7,7 +7,7 @@ recipes, CSJ-ID from its configurations. Writes `runs/reproduce-PAPER/`; what is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from genrec_dist.config import load_config, parse_override
 from genrec_dist.errors import ConfigError
+from genrec_dist.pipeline import closure
 from genrec_dist.studies.catalogue import PAPERS, find_study
 from genrec_dist.studies.paper import DATA_SETS
 from genrec_dist.studies.recipes import ORDERS, find_recipe, read_recipe
@@ -46,7 +47,8 @@ class Reproduction:
 
     @property
     def runs(self) -> list[study_plan.Planned]:
-        return [run for item in self.items for run in item.plan.runs]
+        """What is run, each once."""
+        return list({run.config.name: run for item in self.items for run in item.plan.runs}.values())
 
     @property
     def folder_name(self) -> str:
@@ -105,7 +107,28 @@ def make_plan(
                     name, path, None, [*added, *settings], seeds, False, encoders if name == "encoders" else None
                 )
                 items.append(Item(title, data_set, one, plan))
-    return Reproduction(paper, items)
+    return Reproduction(paper, share_runs(items))
+
+
+def share_runs(items: Sequence[Item]) -> list[Item]:
+    """The items with one run in place of all that would read the very same artifacts.
+
+    Several tables have PRORec itself in a row; a run that ends early is a part of a whole one.
+    """
+    whole: dict[frozenset, study_plan.Planned] = {}
+    for run in (run for item in items for run in item.plan.runs if run.until is None):
+        whole.setdefault(_artifacts(run), run)
+
+    def shared(run: study_plan.Planned) -> study_plan.Planned:
+        mine = _artifacts(run)
+        found = whole.get(mine) or next((other for keys, other in whole.items() if mine <= keys), run)
+        return run if found is run else replace(found, variant=run.variant, obstacle=run.obstacle)
+
+    return [replace(item, plan=replace(item.plan, runs=[shared(run) for run in item.plan.runs])) for item in items]
+
+
+def _artifacts(run: study_plan.Planned) -> frozenset[tuple[str, str]]:
+    return frozenset((stage.name, stage.key) for stage in closure(run.stages))
 
 
 def _base(name: str, data_set: str, order: str) -> tuple[Path, list[str]]:

@@ -104,6 +104,7 @@ def make_plan(
         ConfigError: no such study, a setting that the study itself varies, bad seeds, a bad configuration.
     """
     study = find_study(name)
+    _refuse_varied(study, settings, seeds)
     if encoders:
         study = with_encoders(name, study, encoders)
     if config is not None and data_set is not None:
@@ -111,7 +112,6 @@ def make_plan(
             "two configurations", where="--data", got=f"{config} and --data {data_set}", fix="give one of them"
         )
     path = config or default_config(study, data_set or "beauty")
-    _refuse_varied(study, settings, seeds)
     base = load_config(path, list(settings))
     numbers = parse_seeds(seeds) if seeds is not None else (base.seed,)
     if short and study.stops == "never":

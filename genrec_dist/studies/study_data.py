@@ -144,15 +144,19 @@ class StudyData:
 
     @property
     def missing(self) -> list[str]:
-        """Runs that are asked for and do not exist, as a reader wants them."""
-        names = {v.name: v.label for v in self.variants}
-        lacking = [
-            f"{names[name]}, seed {seed}"
-            for name in names
-            for seed in self.seeds
-            if (name, seed) not in self.runs and name not in self.absent
-        ]
-        return lacking + [f"{names[name]} ({reason})" for name, reason in self.absent.items() if not self.of(name)]
+        """Runs that are asked for and have no result, as a reader wants them."""
+        lacking = []
+        for variant in self.variants:
+            found = self.of(variant.name)
+            if variant.name in self.absent and not found:
+                lacking.append(f"{variant.label} ({self.absent[variant.name]})")
+                continue
+            for seed in self.seeds:
+                if seed not in found:
+                    lacking.append(f"{variant.label}, seed {seed}")
+                elif found[seed].main is None and not self.identifiers_only:
+                    lacking.append(f"{variant.label}, seed {seed} (started, no result)")
+        return lacking
 
     @property
     def order(self) -> str:

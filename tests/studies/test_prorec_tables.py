@@ -130,6 +130,14 @@ def test_encoders_that_are_not_here_are_named_and_not_made_up(tmp_path):
     assert record["missing"][0] == "Llama2-7b (the weights of llama2-7b are not on this machine)"
 
 
+def test_a_run_that_failed_is_named_as_one_without_result(tmp_path):
+    study = ablation(tmp_path, "tasks", {"neither": 0.07})
+    study.run("alignment")
+    _, page, record = written(study)
+    assert record["missing"][0] == "Alignment, seed 0 (started, no result)"
+    assert "Alignment, seed 0 (started, no result)" in page.text
+
+
 def test_one_page_of_several_tables(tmp_path):
     first, second = performance(tmp_path / "a", [0.08, 0.09], 0.07), performance(tmp_path / "b", [0.1, 0.1], 0.11)
     tasks = ablation(tmp_path / "c", "tasks", {"neither": 0.071, "alignment": 0.075, "both": 0.08})

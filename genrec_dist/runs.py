@@ -117,6 +117,11 @@ def append_event(file: Path, kind: str, /, **fields: Any) -> None:
     append_jsonl(file, {"time": round(time.time(), 3), "event": kind, **fields})
 
 
+def command_words(command: list[str]) -> list[str]:
+    """A command line as typed, its program by name."""
+    return [Path(command[0]).stem.replace("cli", "genrec"), *command[1:]] if command else []
+
+
 def provenance(command: list[str], seed: int) -> dict:
     """Versions, git commit, command, machine: what a reader needs to repeat a run."""
     versions = {}
@@ -127,7 +132,7 @@ def provenance(command: list[str], seed: int) -> dict:
             continue
     return {
         "genrec_dist": __version__,
-        "command": [Path(command[0]).stem.replace("cli", "genrec"), *command[1:]] if command else [],
+        "command": command_words(command),
         "seed": seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": _git(),

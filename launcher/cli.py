@@ -47,6 +47,30 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Paper(StrEnum):
+    """Papers whose tables and figures are studies."""
+
+    prorec = "prorec"
+    csj_id = "csj_id"
+
+
+class DataSets(StrEnum):
+    """Data sets of a reproduction."""
+
+    beauty = "beauty"
+    sports = "sports"
+    toys = "toys"
+    all = "all"
+
+
+class Order(StrEnum):
+    """Orders of interactions."""
+
+    time = "time"
+    file = "file"
+    both = "both"
+
+
 class DataSet(StrEnum):
     """Data sets with configurations of their own."""
 
@@ -63,6 +87,16 @@ Overrides = Annotated[
 StorePath = Annotated[Path, typer.Option("--store", help="Artifact store.", envvar="GENREC_STORE")]
 RunsPath = Annotated[Path, typer.Option("--runs", help="Folder of all runs.", envvar="GENREC_RUNS")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.", show_default=False)]
+Parallel = Annotated[
+    int,
+    typer.Option("--parallel", metavar="N", min=1, help="Runs at once, as child processes; runtime.backend=local."),
+]
+Encoders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--encoder", metavar="NAME=PATH", help="Study encoders: weights, or a file of finished embeddings. Repeatable."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 STORE, RUNS = Path("store"), Path("runs")
 
@@ -108,17 +142,21 @@ def run(
     store: StorePath = STORE,
     runs: RunsPath = RUNS,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; default: the configuration's.")] = None,
+    until: Annotated[
+        str | None,
+        typer.Option("--until", metavar="STAGE", help="Build this stage and what it reads, and no more; no metrics."),
+    ] = None,
 ) -> None:
     """Build what is missing, train, evaluate, report. The same command again continues where it stopped."""
     from genrec_dist import methods
     from genrec_dist.config import load_config
     from launcher import torchrun
-    from launcher.run import check_batches, perform
+    from launcher.run import check_batches, last_stage, perform
 
     overrides = [*(settings or []), *([f"name={name!r}"] if name else [])]
     resolved = torchrun.shared(load_config(config, overrides))
     check_batches(resolved)
-    stages = methods.build_stages(resolved)
+    stages = last_stage(methods.build_stages(resolved), until)
     if torchrun.follows():
         raise typer.Exit(0 if dry_run else torchrun.follow(runs / resolved.name))
     if dry_run:
@@ -126,7 +164,7 @@ def run(
 
         show_plan(resolved, stages, store, out(), probe)
         return
-    from launcher.results import finish_run, show_result
+    from launcher.results import finish_run, finish_short, show_result
 
     with torchrun.leading():
         finished = perform(
@@ -136,8 +174,12 @@ def run(
             runs=runs,
             command=sys.argv,
             resume=resume.value,
-            finish=lambda folder: finish_run(resolved, folder),
+            finish=finish_short if until else lambda folder: finish_run(resolved, folder),
         )
+    if until:
+        for title, link in finished.links().items():
+            typer.echo(f"{title}  {(finished.path / link['path']).resolve()}")
+        return
     show_result(finished, out())
 
 
@@ -167,6 +209,8 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the runs and what they build; start nothing.")
     ] = False,
+    parallel: Parallel = 1,
+    encoders: Encoders = None,
     store: StorePath = STORE,
     runs: RunsPath = RUNS,
 ) -> None:
@@ -176,16 +220,74 @@ def study(
     find_study(name)
     from launcher import study as work
     from launcher import torchrun
+    from launcher.failures import Stopped
+    from launcher.study_plan import make_plan, parse_encoders, show_plan
 
     torchrun.refuse("study")
 
-    plan = work.make_plan(name, config, data.value if data else None, settings or [], seeds, identifiers_only)
+    places = parse_encoders(encoders or [])
+    plan = make_plan(name, config, data.value if data else None, settings or [], seeds, identifiers_only, places)
+    if dry_run:
+        show_plan(plan.runs, plan.study.title, store, out())
+        return
+    failure = None
+    if not report_only:
+        failure = work.carry_out(
+            plan.runs,
+            store=store,
+            folder=runs / plan.folder_name,
+            runs_folder=runs,
+            command=sys.argv,
+            console=out(),
+            parallel=parallel,
+        )
+    work.show_study(*work.write_page(plan, runs), out())
+    if failure is not None:
+        raise Stopped(failure)
+
+
+@app.command()
+@guarded
+def reproduce(
+    paper: Annotated[Paper, typer.Argument(metavar="PAPER", help="prorec or csj_id.", show_default=False)],
+    tables: Annotated[
+        list[int] | None, typer.Option("--table", metavar="N", help="prorec: 3, 4, 5, 6. Repeatable; none: all.")
+    ] = None,
+    figures: Annotated[
+        list[int] | None, typer.Option("--figure", metavar="N", help="prorec: 7, 8, 9. Repeatable; none: all.")
+    ] = None,
+    data: Annotated[
+        DataSets | None, typer.Option("--data", help="Default: those that the paper prints.", show_default=False)
+    ] = None,
+    order: Annotated[Order, typer.Option("--order", help="Order of interactions.")] = Order.both,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="0,1,2", help="Every run once for each.")] = "0,1,2",
+    settings: Overrides = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; write the page of the runs that exist.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs and what they build; start nothing.")
+    ] = False,
+    parallel: Parallel = 1,
+    encoders: Encoders = None,
+    store: StorePath = STORE,
+    runs: RunsPath = RUNS,
+) -> None:
+    """Run or reuse what a paper's tables and figures need, and write one page of them beside ours."""
+    from launcher import reproduce as work
+    from launcher import torchrun
+    from launcher.study_plan import parse_encoders
+
+    torchrun.refuse("reproduce")
+    asked = [f"Table {n}" for n in tables or []] + [f"Figure {n}" for n in figures or []]
+    places = parse_encoders(encoders or [])
+    plan = work.make_plan(paper.value, asked, data and data.value, order.value, settings or [], seeds, places)
     if dry_run:
         work.show_plan(plan, store, out())
         return
-    if not report_only:
-        work.carry_out(plan, store=store, runs=runs, command=sys.argv, console=out())
-    work.show_study(*work.write_page(plan, runs), out())
+    work.reproduce(
+        plan, store=store, runs=runs, command=sys.argv, console=out(), parallel=parallel, report_only=report_only
+    )
 
 
 @app.command()

@@ -110,6 +110,25 @@ def trained_sections(config: Config) -> list[str]:
     return sections
 
 
+def last_stage(stages: list[Stage], name: str | None) -> list[Stage]:
+    """The stages up to those of one name, and nothing of what stands beside them; None: all of them.
+
+    Raises:
+        ConfigError: the method has no such stage.
+    """
+    if name is None:
+        return stages
+    found = [stage for stage in stages if stage.name == name]
+    if not found:
+        raise ConfigError(
+            "the method has no such stage",
+            where="--until",
+            got=name,
+            expected=f"one of {', '.join(dict.fromkeys(stage.name for stage in stages))}",
+        )
+    return found
+
+
 def perform(
     config: Config,
     stages: list[Stage],

@@ -186,6 +186,7 @@ def test_no_token_or_a_wrong_one_is_refused(head, token):
 def test_the_token_is_in_nothing_that_is_kept(head):
     from launcher.submit_jobs import JobServer
 
+    assert head.submit(TINY, "kept").returncode == 0
     places = [head.folder / "runs", head.folder / "store", Path(head.temp)]
     found = [
         path
@@ -193,11 +194,12 @@ def test_the_token_is_in_nothing_that_is_kept(head):
         for path in place.rglob("*")
         if path.is_file() and not path.is_symlink() and head.token.encode() in path.read_bytes()
     ]
+    assert (head.folder / "runs" / "kept" / "provenance.json").is_file()
     assert found == []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN", head.token)
         described = json.dumps([job.model_dump(mode="json") for job in JobServer(head.address).jobs()])
-    assert "tiny-1" in described
+    assert "kept-1" in described
     assert head.token not in described
 
 

@@ -11,7 +11,9 @@ import re
 import shlex
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -61,7 +63,7 @@ def shared_folder(value: str | None, option: str, url: bool = False) -> str:
     raise ConfigError(
         "the cluster's nodes need a folder that all of them see",
         where=option,
-        got=value or "nothing",
+        got="nothing" if not value else "a URL with a password" if "@" in value else value,
         expected="an absolute path on the cluster's shared file system" + (", or a URL" if url else ""),
         fix=f"give {option}, or set GENREC_{option.strip('-').upper()}",
     )
@@ -189,7 +191,7 @@ def job_stop(address: str, job: str, console: Console) -> None:
         _say(console, f"{job} is over already")
 
 
-def _ask(address, job, question):
+def _ask(address: str, job: str, question: Callable[[JobServer, str], Any]) -> tuple[JobServer, Any]:
     server = JobServer(address)
     try:
         return server, question(server, job)

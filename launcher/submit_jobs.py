@@ -45,13 +45,7 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         self.address = check_address(address)
-        if os.environ.get("RAY_AUTH_MODE") == "token" and not token_present():
-            raise ClusterError(
-                "no token for the Ray cluster",
-                where="RAY_AUTH_TOKEN_PATH",
-                expected="RAY_AUTH_TOKEN, a file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token",
-                fix="get the cluster's token as a file that only you can read, and name it in RAY_AUTH_TOKEN_PATH",
-            )
+        check_token()
         try:
             with self._typed():
                 self._client = connect(self.address)
@@ -112,7 +106,7 @@ class JobServer:
             raise ClusterError(
                 "the Ray cluster refuses the token",
                 where=self.address,
-                got=str(error).strip().splitlines()[0],
+                got=str(error).strip().splitlines()[0].split(". ")[0],
                 expected="the token that the cluster was started with",
                 fix="compare RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token (taken in this order) with it",
             ) from None
@@ -127,6 +121,31 @@ class JobServer:
             raise ClusterError(
                 "the Ray cluster refuses the request", where=self.address, got=_last_line(str(error))
             ) from error
+
+
+def check_token() -> None:
+    """See that Ray will find a token; whether it is the right one only the cluster knows.
+
+    Raises:
+        ClusterError: there is none, or its file is empty or cannot be read.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    got = "nothing" if not token_present() else None
+    if file and not os.environ.get("RAY_AUTH_TOKEN"):
+        try:
+            got = None if Path(file).read_bytes().strip() else f"{file}: empty"
+        except OSError as error:
+            got = f"{file}: {error.strerror}"
+    if got is not None:
+        raise ClusterError(
+            "no token for the Ray cluster",
+            where="RAY_AUTH_TOKEN_PATH",
+            got=got,
+            expected="RAY_AUTH_TOKEN, a file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token",
+            fix="get the cluster's token as a file that only you can read, and name it in RAY_AUTH_TOKEN_PATH",
+        )
 
 
 def connect(address: str) -> Any:

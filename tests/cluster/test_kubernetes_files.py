@@ -48,7 +48,9 @@ def check(document: dict) -> None:
     for pod in pods(document):
         kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **pod}, "1.34", strict=True)
     scaler = cluster_spec(document)["autoscalerOptions"]
-    container = {"name": "autoscaler"} | {k: scaler[k] for k in ("env", "resources", "securityContext") if k in scaler}
+    container = {"name": "autoscaler"} | {
+        k: scaler[k] for k in ("env", "resources", "securityContext", "volumeMounts") if k in scaler
+    }
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": [container]}}
     kubernetes_validate.validate(pod, "1.34", strict=True)
 

@@ -47,7 +47,7 @@ def test_token_on_dashboard_on_loopback_and_no_rights(file):
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
-    assert settings["file_mounts"] == {"/home/genrec/.ray/auth_token": "~/.ray/auth_token"}
+    assert settings["file_mounts"] == {"/var/lib/genrec/.ray/auth_token": "~/.ray/auth_token"}
     assert "--cap-drop=ALL" in settings["docker"]["run_options"]
     assert "--privileged" not in settings["docker"]["run_options"]
     assert "--volume=/shared:/shared" in settings["docker"]["run_options"]

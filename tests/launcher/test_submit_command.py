@@ -136,6 +136,7 @@ def test_what_is_wrong_is_found_before_anything_is_sent(monkeypatch, small, word
     done = submit(small, *words)
     assert done.exit_code == 2, done.output
     assert where in done.output
+    assert "secret" not in done.output
     assert cluster.sent == []
 
 

@@ -211,15 +211,20 @@ def test_a_token_that_is_refused_ends_the_waiting_at_once(monkeypatch):
     assert waiting.sleeps == [2]
 
 
-def test_no_token_is_found_before_anything_is_asked(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("file", "got"), [(None, "nothing"), ("absent", "No such file"), ("empty", "empty")])
+def test_no_token_is_found_before_anything_is_asked(monkeypatch, tmp_path, file, got):
     asked = []
     monkeypatch.setattr(submit_jobs, "connect", asked.append)
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with pytest.raises(ClusterError, match="no token"):
+    (tmp_path / "empty").write_text("\n")
+    if file is not None:
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / file))
+    with pytest.raises(ClusterError, match="no token") as error:
         JobServer(ADDRESS)
+    assert got in error.value.got
     assert asked == []
 
 

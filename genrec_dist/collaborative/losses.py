@@ -164,7 +164,7 @@ def info_nce(
         logits = logits.masked_fill(padding, -math.inf)
         if not positive_in_denominator:
             alone = logits.scatter(1, positives[:, None], -math.inf)
-            logits = torch.where(num_candidates < 2, own[:, None], alone)
+            logits = torch.where(num_candidates < 2, logits, alone)  # a lone item loses nothing
         loss = torch.logsumexp(logits, 1) - own
         return loss.where(~padding[positives], loss.new_zeros(())).sum()
     if not positive_in_denominator:

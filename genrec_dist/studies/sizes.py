@@ -193,7 +193,6 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
     inputs += linear(width, dim) * (from_items + child)
     inputs += linear(config.time_bumps, dim) if config.time_bumps else 0
     parameters = {
-        "node embeddings": codebook.num_nodes * width if child else 0,
         "inputs": inputs,
         "encoder": config.num_encoder_layers * encoder_layer_parameters(dim, multiplier) + 2 * dim,
         "decoder": config.num_decoder_layers * decoder_layer_parameters(dim, multiplier) + 2 * dim,
@@ -201,6 +200,9 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
         "distillation": dim + linear(dim, width) if distill else 0,
     }
     constants = {"integrated embeddings": num_items * width}
+    if child:
+        group = parameters if config.train_node_embeddings else constants
+        group["node embeddings"] = codebook.num_nodes * width
     if from_items:
         group = parameters if config.train_item_embeddings else constants
         group["item embeddings"] = num_items * width

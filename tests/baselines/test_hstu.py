@@ -236,7 +236,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path):
     assert run(tmp_path / "killed") == whole
 
 
-@pytest.mark.parametrize("kind", ["zero0", "zero3"])
+@pytest.mark.parametrize("kind", [pytest.param("zero0", marks=pytest.mark.slow), "zero3"])
 def test_deepspeed_takes_the_same_steps(kind):
     parameters = []
     for engine_kind in ("torch", kind):

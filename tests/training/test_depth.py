@@ -27,7 +27,7 @@ def make_task(kind: str, depth: int, init: str, precision: str = "fp32"):
     common = {"init": init, "dropout": 0.1, "max_history": 4, "optim": tiny_optim(batch_size=64, precision=precision)}
     sequences, trie = tiny_sequences(20, NUM_ITEMS, shortest=6), tiny_trie(NUM_ITEMS, 4, seed=1)
     if kind == "generator":
-        both = {"num_encoder_layers": depth, "num_decoder_layers": depth}
+        both = {"num_encoder_layers": min(depth, 4), "num_decoder_layers": depth}
         return GeneratorTask(tiny_generator(trie, spread=0, **both, **common), sequences, Worker(), SETTINGS)
     if kind == "gpt":
         return GptTask(tiny_gpt(trie, spread=0, num_layers=depth, **common), sequences, Worker(), SETTINGS)

@@ -406,38 +406,23 @@ def _validate(
     spent: dict[str, float],
     average: WeightAverage | None,
 ) -> State | None:
-    """Validate the weights, or their average, and return the best so far."""
-    with average.applied() if average is not None else nullcontext():
-        return _validate_weights(task, engine, config, worker, state, best, curves, per_epoch, monitor, spent)
-
-
-def _validate_weights(
-    task: Task,
-    engine: Engine | ShardedEngine,
-    config: OptimConfig,
-    worker: Worker,
-    state: LoopState,
-    best: State | None,
-    curves: _Curves,
-    per_epoch: int,
-    monitor: str,
-    spent: dict[str, float],
-) -> State | None:
+    """Validate the weights, or their average; the best so far, whichever it was of."""
     engine.model.eval()
-    with engine.whole():
-        metrics = task.validate(worker)
-    if monitor not in metrics:
-        raise DataError(
-            "no user has a validation item",
-            where="validation",
-            expected="at least one user with three interactions",
-            fix="loosen the k-core filter or check the source",
-        )
-    curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **spent, **metrics)
-    if metrics[monitor] > state.best or best is None:
-        state.best, state.best_step, state.waited = metrics[monitor], state.step, 0
-        state.best_flops = spent.get("flops", 0.0)
-        return engine.best()
+    with average.applied() if average is not None else nullcontext():
+        with engine.whole():
+            metrics = task.validate(worker)
+        if monitor not in metrics:
+            raise DataError(
+                "no user has a validation item",
+                where="validation",
+                expected="at least one user with three interactions",
+                fix="loosen the k-core filter or check the source",
+            )
+        curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **spent, **metrics)
+        if metrics[monitor] > state.best or best is None:
+            state.best, state.best_step, state.waited = metrics[monitor], state.step, 0
+            state.best_flops = spent.get("flops", 0.0)
+            return engine.best()
     state.waited += 1
     state.stopped = state.waited >= config.patience
     return best

@@ -13,6 +13,7 @@ IS_311 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
 PYTHON ?= $(shell for p in python3.11 python3 python; do $$p $(IS_311) 2>/dev/null && { echo $$p; break; }; done)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 PIP_INSTALL := $(PIP) install --root-user-action=ignore
+TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-slow lint clean
@@ -48,7 +49,7 @@ quickstart: $(READY)
 	@$(BIN)/genrec run configs/quickstart.yaml
 
 test: $(READY)
-	@$(BIN)/ruff check --quiet . && $(BIN)/python -m pytest -m 'not slow' \
+	@$(BIN)/ruff check --quiet . && $(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist loadfile \
 		&& echo 'make test: all passed' || { echo 'make test: FAILED' >&2; exit 1; }
 
 test-slow: $(READY)

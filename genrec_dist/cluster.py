@@ -37,7 +37,7 @@ def ensure_ray(runtime: RuntimeConfig) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if runtime.ray_address is None and not _token_present():
+    if runtime.ray_address is None and not token_present():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
@@ -95,7 +95,8 @@ def _is_here(address: str | None) -> bool:
     return address is None or address.startswith(("127.0.0.1:", "localhost:"))
 
 
-def _token_present() -> bool:
+def token_present() -> bool:
+    """True when Ray will find a token: in the environment, or in a file."""
     return bool(
         os.environ.get("RAY_AUTH_TOKEN")
         or os.environ.get("RAY_AUTH_TOKEN_PATH")

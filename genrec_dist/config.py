@@ -1,6 +1,6 @@
 """The whole configuration as pydantic models; YAML files only fill them.
 
-Every section but `runtime`, `report`, `name` and `references` decides what an artifact contains and
+Every section but `runtime`, `report`, `tracking`, `name` and `references` decides what an artifact contains and
 therefore enters its content hash. `runtime` says where and how fast the work is done, never what comes out.
 Unknown keys are refused with the nearest known name.
 """
@@ -122,6 +122,13 @@ class OptimConfig(Section):
     length_buckets: int = Field(
         0, ge=0, description="batches per window sorted by history length; 0 keeps the plain shuffle"
     )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="validate and keep a moving average of the weights with this decay; 0: none"
+    )
+
+
+Init = Literal["plain", "depth_scaled"]
+INIT_OF_LAYERS = "start of the layers; depth_scaled: outputs of residual branches over the root of their number (GPT-2)"
 
 
 def _check_heads(section: str, dim: int, num_heads: int) -> None:
@@ -132,8 +139,13 @@ def _check_heads(section: str, dim: int, num_heads: int) -> None:
 class FusionConfig(Section):
     """PRORec Stage I: sequence backbone, modality adaption layer, alignment."""
 
-    mode: Literal["joint", "concat_pca"] = Field(
-        "joint", description="concat_pca: the naive concatenation baseline of PRORec section 4.3"
+    mode: Literal["joint", "concat_pca", "semantic", "collaborative"] = Field(
+        "joint",
+        description="the arms of PRORec Table 5. concat_pca: the naive concatenation; semantic: text alone, nothing is "
+        "trained here; collaborative: E_C of a model that never sees the text",
+    )
+    semantic_pca: bool = Field(
+        True, description="mode semantic: reduce E_S to `dim` by PCA first, as concat_pca does; False: E_S as it is"
     )
     backbone: Literal["din", "sasrec"] = "din"
     dim: int = Field(128, ge=4)
@@ -145,6 +157,13 @@ class FusionConfig(Section):
     attention: Literal["dot", "mlp"] = Field(
         "dot", description="activation unit of DIN: bilinear, or the MLP of the DIN paper"
     )
+    item_dropout: float = Field(0.0, ge=0, lt=1, description="share of a history's items that training hides")
+    time_bumps: int = Field(
+        0,
+        ge=0,
+        description="width of the code of a history item's time, read beside the item; 0: times are not read",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the next-item softmax (full_softmax)")
     item_input: Literal["sum", "collaborative"] = Field(
         "sum", description="what the sequence model reads: E_C + E_T, or E_C alone"
     )
@@ -197,6 +216,7 @@ class LightgcnOptim(OptimConfig):
     patience: int = Field(5, ge=1, description="validations without a better NDCG@10 before stopping")
     precision: Literal["fp32"] = "fp32"
     length_buckets: int = Field(0, ge=0, le=0, description="always 0: pairs have no length")
+    ema_decay: float = Field(0.0, ge=0, le=0, description="always 0: tables sharded by owner have no average")
 
 
 class LightgcnConfig(Section):
@@ -300,6 +320,12 @@ class GeneratorConfig(Section):
     ffn_multiplier: int = Field(4, ge=1)
     dropout: float = Field(0.3, ge=0, lt=1)
     max_history: int = Field(20, ge=1)
+    item_dropout: float = Field(0.0, ge=0, lt=1, description="share of a history's items that training hides")
+    time_bumps: int = Field(
+        0,
+        ge=0,
+        description="width of the code of a history item's time, read beside the item; 0: times are not read",
+    )
     encoder_input: Literal["item", "codes"] = Field(
         "item", description="one Stage I embedding an item, or its code sequence"
     )
@@ -318,14 +344,16 @@ class GeneratorConfig(Section):
     )
     distill_similarity: Literal["dot", "cosine"] = "cosine"
     distill_temperature: float = Field(0.07, gt=0)
-    train_item_embeddings: bool = Field(
-        True, description="fine-tune the Stage I table that feeds the encoder and starts the nodes"
+    train_item_embeddings: bool = Field(True, description="fine-tune the Stage I table that feeds the encoder")
+    train_node_embeddings: bool = Field(
+        True, description="fine-tune the node embeddings that the Stage I table starts (head child)"
     )
     depth_buckets: bool = Field(
         False,
         description="with optim.length_buckets and head child: batches of targets of like code length first, and of "
         "like histories among them; the decoder is cut to the longest code of a batch",
     )
+    init: Init = Field("plain", description=INIT_OF_LAYERS)
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")
@@ -353,6 +381,7 @@ class GptConfig(Section):
     head_similarity: Literal["dot", "cosine"] = "cosine"
     head_temperature: float = Field(0.07, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    init: Init = Field("plain", description=INIT_OF_LAYERS)
     optim: OptimConfig = OptimConfig(epochs=60, patience=6)
 
     @model_validator(mode="after")
@@ -372,7 +401,35 @@ class SasrecConfig(Section):
     max_history: int = Field(20, ge=1)
     similarity: Literal["inner", "cosine"] = "cosine"
     temperature: float = Field(0.07, gt=0)
+    init: Init = Field("plain", description=INIT_OF_LAYERS)
     optim: OptimConfig = OptimConfig()
+
+
+class HstuConfig(Section):
+    """HSTU with full-catalog cross-entropy (Zhai et al. 2024)."""
+
+    dim: int = Field(128, ge=4)
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(2, ge=1)
+    dropout: float = Field(0.4, ge=0, lt=1)
+    max_history: int = Field(20, ge=1)
+    position_buckets: int = Field(32, ge=1, description="distances of two places that are told apart")
+    time_buckets: int = Field(64, ge=1, description="of the logarithm of the seconds between two items")
+    query_time: Literal["item", "target"] = Field(
+        "item",
+        description="moment that a place looks back from: its own item's, or the next item's, that of the request, as "
+        "in the authors' code; the other models do not know that",
+    )
+    similarity: Literal["inner", "cosine"] = "cosine"
+    temperature: float = Field(0.07, gt=0)
+    init_std: float = Field(0.02, gt=0, description="of item table, biases and input projections")
+    init: Init = Field("plain", description=INIT_OF_LAYERS)
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> HstuConfig:
+        _check_heads("hstu", self.dim, self.num_heads)
+        return self
 
 
 class EvaluationConfig(Section):
@@ -402,7 +459,7 @@ class EvaluationConfig(Section):
         return self
 
 
-Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine"]
+Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine", "hstu"]
 GENERATIVE = ("prorec", "csj_id", "semantic_id")
 """Methods that generate codes."""
 WITHOUT_EVALUATION = {"embed"}
@@ -416,6 +473,15 @@ class ReportConfig(Section):
     paper_table: Literal["beauty", "sports", "toys"] | None = Field(
         None, description="data set of PRORec Table 3: beauty, sports or toys"
     )
+
+
+class TrackingConfig(Section):
+    """Where the curves of a run's trainings go besides its own files; nothing here changes a result."""
+
+    tensorboard: bool = Field(True, description="event files in the run folder")
+    mlflow: str | None = Field(None, description="tracking URI of MLflow: file:PATH or http(s)://HOST")
+    wandb: str | None = Field(None, description="project of Weights & Biases")
+    offline: bool = Field(False, description="W&B: write to the run folder only, for `wandb sync` later")
 
 
 class VllmConfig(Section):
@@ -541,7 +607,7 @@ class Config(Section):
     """One run."""
 
     name: str = "run"
-    method: Literal["prorec", "csj_id", "semantic_id", "sasrec", "popularity", "embed", "lightgcn"] = "prorec"
+    method: Literal["prorec", "csj_id", "semantic_id", "sasrec", "hstu", "popularity", "embed", "lightgcn"] = "prorec"
     seed: int = Field(0, ge=0)
     catalog: CatalogConfig = CatalogConfig(source="synthetic")
     semantic: SemanticConfig = SemanticConfig()
@@ -552,9 +618,11 @@ class Config(Section):
     generator: GeneratorConfig = GeneratorConfig()
     gpt: GptConfig = GptConfig()
     sasrec: SasrecConfig = SasrecConfig()
+    hstu: HstuConfig = HstuConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     references: list[Reference] = ["popularity", "sasrec_cosine"]
     report: ReportConfig = ReportConfig()
+    tracking: TrackingConfig = TrackingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property
@@ -615,7 +683,12 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError("value is not YAML", where=f"--set {key}", got=raw, fix="quote it") from error
 
 
-def _merge(base: dict, key: str, value: Any) -> None:
+def merge_setting(base: dict, key: str, value: Any) -> None:
+    """Set the value of a dotted key in nested mappings, in place.
+
+    Raises:
+        ConfigError: a part of the key before the last one is no section.
+    """
     parts = key.split(".")
     for part in parts[:-1]:
         nested = base.setdefault(part, {})
@@ -633,7 +706,7 @@ def build_config(values: dict, overrides: list[str] | None = None, where: str = 
     """
     values = _copy(values)
     for text in overrides or []:
-        _merge(values, *parse_override(text))
+        merge_setting(values, *parse_override(text))
     try:
         return Config.model_validate(values)
     except ValidationError as error:

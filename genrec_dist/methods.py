@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from genrec_dist.artifacts.files import read_json
+from genrec_dist.baselines.hstu_stage import hstu_stage
 from genrec_dist.baselines.sasrec import sasrec_stage
 from genrec_dist.catalog.stage import catalog_stage
 from genrec_dist.collaborative.lightgcn_stage import lightgcn_stage
@@ -57,6 +58,11 @@ def sasrec(config: Config, catalog: Stage) -> list[Stage]:
     return reference(config, catalog, f"sasrec_{config.sasrec.similarity}", main=True)
 
 
+def hstu(config: Config, catalog: Stage) -> list[Stage]:
+    """HSTU as the main model."""
+    return reference(config, catalog, "hstu", main=True)
+
+
 def popularity(config: Config, catalog: Stage) -> list[Stage]:
     """Popularity as the main model."""
     return reference(config, catalog, "popularity", main=True)
@@ -67,6 +73,9 @@ def reference(config: Config, catalog: Stage, name: str, main: bool = False) -> 
     label = "evaluation" if main else f"evaluation {name}"
     if name == "popularity":
         return [evaluation_stage(config, name, {"catalog": catalog}, label)]
+    if name == "hstu":
+        trained = hstu_stage(config, catalog)
+        return [trained, evaluation_stage(config, name, {"catalog": catalog, "hstu": trained}, label)]
     trained = sasrec_stage(config, catalog, name.removeprefix("sasrec_"))
     return [trained, evaluation_stage(config, name, {"catalog": catalog, "sasrec": trained}, label)]
 
@@ -88,6 +97,7 @@ METHODS = {
     "csj_id": csj_id,
     "semantic_id": semantic_id,
     "sasrec": sasrec,
+    "hstu": hstu,
     "popularity": popularity,
     "embed": embed,
     "lightgcn": lightgcn,

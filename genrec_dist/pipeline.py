@@ -147,13 +147,14 @@ def execute(
     done: dict[str, Path] = {}
     for stage in closure(stages, lambda stage: _reuse(stage, store, run) is not None):
         folder = _reuse(stage, store, run)
-        if folder is not None:
+        built = None
+        if folder is None:
+            folder, built = _build(stage, store, run, runtime, notify)
+        if built is None:
             run.event("stage_reused", stage=stage.title, key=stage.key)
             notify(stage, "reused", folder)
         else:
-            started = time.time()
-            folder = _build(stage, store, run, runtime, notify)
-            run.event("stage_built", stage=stage.title, key=stage.key, seconds=round(time.time() - started, 2))
+            run.event("stage_built", stage=stage.title, key=stage.key, seconds=built)
             notify(stage, "built", folder)
         run.link(stage.title, stage.name, stage.key, folder)
         for record in read_jsonl(folder / "curves.jsonl"):
@@ -173,10 +174,20 @@ def _reuse(stage: Stage, store: ArtifactStore, run: RunFolder) -> Path | None:
         return None
 
 
-def _build(stage: Stage, store: ArtifactStore, run: RunFolder, runtime: RuntimeConfig, notify: Callable) -> Path:
-    with store.building(stage.name, stage.key) as out:
-        if store.exists(stage.name, stage.key):  # another process finished it while this one waited
-            return store.open(stage.name, stage.key)
+def _build(
+    stage: Stage, store: ArtifactStore, run: RunFolder, runtime: RuntimeConfig, notify: Callable
+) -> tuple[Path, float | None]:
+    """Build a stage: its folder and the seconds, None where another process did it while this one waited."""
+
+    def waiting(holder: str) -> None:
+        run.event("stage_waiting", stage=stage.title, key=stage.key, holder=holder)
+        run.say(f"{stage.title}: waiting for {holder}, which builds it")
+
+    with store.building(stage.name, stage.key, waiting) as out:
+        folder = _reuse(stage, store, run)
+        if folder is not None:
+            return folder, None
+        started = time.time()
         notify(stage, "building", out)
         resumed = any(out.iterdir())
         run.event("stage_started", stage=stage.title, key=stage.key, resumed=resumed)
@@ -189,7 +200,7 @@ def _build(stage: Stage, store: ArtifactStore, run: RunFolder, runtime: RuntimeC
             events_file=run.path / "events.jsonl",
         )
         stage.build(context)
-        return store.finish(
+        folder = store.finish(
             stage.name,
             stage.key,
             {
@@ -198,3 +209,4 @@ def _build(stage: Stage, store: ArtifactStore, run: RunFolder, runtime: RuntimeC
                 "inputs": {role: {"stage": s.name, "key": s.key} for role, s in stage.inputs.items()},
             },
         )
+        return folder, round(time.time() - started, 2)

@@ -24,6 +24,8 @@ PACKAGES = (
     "sentence-transformers", "transformers", "numpy",
 )  # fmt: skip
 
+GIT_FILE = "genrec-git.json"
+
 
 class RunFolder:
     """One run on disk.
@@ -117,6 +119,11 @@ def append_event(file: Path, kind: str, /, **fields: Any) -> None:
     append_jsonl(file, {"time": round(time.time(), 3), "event": kind, **fields})
 
 
+def command_words(command: list[str]) -> list[str]:
+    """A command line as typed, its program by name."""
+    return [Path(command[0]).stem.replace("cli", "genrec"), *command[1:]] if command else []
+
+
 def provenance(command: list[str], seed: int) -> dict:
     """Versions, git commit, command, machine: what a reader needs to repeat a run."""
     versions = {}
@@ -127,10 +134,10 @@ def provenance(command: list[str], seed: int) -> dict:
             continue
     return {
         "genrec_dist": __version__,
-        "command": [Path(command[0]).stem.replace("cli", "genrec"), *command[1:]] if command else [],
+        "command": command_words(command),
         "seed": seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "git": _git(),
+        "git": git_state(Path(__file__).resolve().parents[1]),
         "python": sys.version.split()[0],
         "platform": platform.platform(terse=True),
         "cpu": _cpu_name(),
@@ -161,8 +168,15 @@ def _gpu_names() -> list[str]:
     return [line.strip() for line in out.splitlines() if line.strip()]
 
 
-def _git() -> dict | None:
-    here = Path(__file__).resolve().parent
+def git_state(root: Path) -> dict | None:
+    """Commit of the sources, and whether they differ from it; None where nobody knows.
+
+    Args:
+        root: the folder that holds the package; a submitted job's has a file with what was true where it was sent from.
+    """
+    if (root / GIT_FILE).is_file():
+        return read_json(root / GIT_FILE)
+    here = root / "genrec_dist"
     try:
         commit = subprocess.run(
             ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True

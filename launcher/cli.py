@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from genrec_dist import __version__
-from launcher.console import guarded, metrics_table, out, print_json
+from launcher.console import guarded, out, print_json
 
 app = typer.Typer(
     name="genrec",
@@ -29,6 +29,8 @@ data_app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+job_app = typer.Typer(no_args_is_help=True, help="Look after a submitted job: status, logs, stop.")
+app.add_typer(job_app, name="job")
 
 
 class Resume(StrEnum):
@@ -47,12 +49,44 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Paper(StrEnum):
+    """Papers whose tables and figures are studies."""
+
+    prorec = "prorec"
+    csj_id = "csj_id"
+
+
+class DataSets(StrEnum):
+    """Data sets of a reproduction."""
+
+    beauty = "beauty"
+    sports = "sports"
+    toys = "toys"
+    all = "all"
+
+
+class Order(StrEnum):
+    """Orders of interactions."""
+
+    time = "time"
+    file = "file"
+    both = "both"
+
+
 class DataSet(StrEnum):
     """Data sets with configurations of their own."""
 
     beauty = "beauty"
     sports = "sports"
     toys = "toys"
+
+
+class Manifests(StrEnum):
+    """What a submission can be written as."""
+
+    kuberay = "kuberay"
+    slurm = "slurm"
+    ray_up = "ray-up"
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/.", show_default=False)]
@@ -63,7 +97,31 @@ Overrides = Annotated[
 StorePath = Annotated[Path, typer.Option("--store", help="Artifact store.", envvar="GENREC_STORE")]
 RunsPath = Annotated[Path, typer.Option("--runs", help="Folder of all runs.", envvar="GENREC_RUNS")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.", show_default=False)]
+Parallel = Annotated[
+    int,
+    typer.Option("--parallel", metavar="N", min=1, help="Runs at once, as child processes; runtime.backend=local."),
+]
+Encoders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--encoder", metavar="NAME=PATH", help="Study encoders: weights, or a file of finished embeddings. Repeatable."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SharedStore = Annotated[
+    str | None, typer.Option("--store", envvar="GENREC_STORE", help="Artifact store that all nodes see: path or URL.")
+]
+SharedRuns = Annotated[
+    str | None, typer.Option("--runs", envvar="GENREC_RUNS", help="Folder of all runs that all nodes see.")
+]
+ADDRESS_HELP = "Jobs API of the cluster, http://HOST:8265."
+Address = Annotated[
+    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help=ADDRESS_HELP, show_default=False)
+]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="Id that `genrec submit` printed.", show_default=False)]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=0, help="Seconds to keep trying when the cluster no longer answers.")
+]
 STORE, RUNS = Path("store"), Path("runs")
 
 
@@ -108,17 +166,21 @@ def run(
     store: StorePath = STORE,
     runs: RunsPath = RUNS,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; default: the configuration's.")] = None,
+    until: Annotated[
+        str | None,
+        typer.Option("--until", metavar="STAGE", help="Build this stage and what it reads, and no more; no metrics."),
+    ] = None,
 ) -> None:
     """Build what is missing, train, evaluate, report. The same command again continues where it stopped."""
     from genrec_dist import methods
     from genrec_dist.config import load_config
     from launcher import torchrun
-    from launcher.run import check_batches, perform
+    from launcher.run import check_batches, last_stage, perform
 
     overrides = [*(settings or []), *([f"name={name!r}"] if name else [])]
     resolved = torchrun.shared(load_config(config, overrides))
     check_batches(resolved)
-    stages = methods.build_stages(resolved)
+    stages = last_stage(methods.build_stages(resolved), until)
     if torchrun.follows():
         raise typer.Exit(0 if dry_run else torchrun.follow(runs / resolved.name))
     if dry_run:
@@ -126,7 +188,7 @@ def run(
 
         show_plan(resolved, stages, store, out(), probe)
         return
-    from launcher.results import finish_run, show_result
+    from launcher.results import finish_run, finish_short, show_result
 
     with torchrun.leading():
         finished = perform(
@@ -136,8 +198,12 @@ def run(
             runs=runs,
             command=sys.argv,
             resume=resume.value,
-            finish=lambda folder: finish_run(resolved, folder),
+            finish=finish_short if until else lambda folder: finish_run(resolved, folder),
         )
+    if until:
+        for title, link in finished.links().items():
+            typer.echo(f"{title}  {(finished.path / link['path']).resolve()}")
+        return
     show_result(finished, out())
 
 
@@ -167,6 +233,8 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the runs and what they build; start nothing.")
     ] = False,
+    parallel: Parallel = 1,
+    encoders: Encoders = None,
     store: StorePath = STORE,
     runs: RunsPath = RUNS,
 ) -> None:
@@ -176,42 +244,241 @@ def study(
     find_study(name)
     from launcher import study as work
     from launcher import torchrun
+    from launcher.failures import Stopped
+    from launcher.study_plan import make_plan, parse_encoders, show_plan
 
     torchrun.refuse("study")
 
-    plan = work.make_plan(name, config, data.value if data else None, settings or [], seeds, identifiers_only)
+    places = parse_encoders(encoders or [])
+    plan = make_plan(name, config, data.value if data else None, settings or [], seeds, identifiers_only, places)
     if dry_run:
-        work.show_plan(plan, store, out())
+        show_plan(plan.runs, plan.study.title, store, out())
         return
+    failure = None
     if not report_only:
-        work.carry_out(plan, store=store, runs=runs, command=sys.argv, console=out())
+        failure = work.carry_out(
+            plan.runs,
+            store=store,
+            folder=runs / plan.folder_name,
+            runs_folder=runs,
+            command=sys.argv,
+            console=out(),
+            parallel=parallel,
+        )
     work.show_study(*work.write_page(plan, runs), out())
+    if failure is not None:
+        raise Stopped(failure)
 
 
 @app.command()
 @guarded
-def status(run: RunName, json: AsJson = False, runs: RunsPath = RUNS) -> None:
-    """State of a run from its folder: running, finished, failed or interrupted, stages, progress, metrics."""
-    from genrec_dist.runs import RunFolder
-    from launcher.results import result_rows
-    from launcher.status import gather, show
+def submit(
+    config: ConfigPath,
+    settings: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help=ADDRESS_HELP)
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run; default: the configuration's.")] = None,
+    store: SharedStore = None,
+    runs: SharedRuns = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Show the job's log until it is over, and end as it does.")
+    ] = True,
+    timeout: Timeout = 300.0,
+    render: Annotated[
+        Manifests | None, typer.Option("--render", help="Write files for a cluster manager; send nothing.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the written files; default: NAME-kuberay and so on.")
+    ] = None,
+    image: Annotated[str | None, typer.Option("--image", help="Container image, with --render kuberay.")] = None,
+) -> None:
+    """Send a run to a Ray cluster as a job. The same command again resumes it."""
+    from genrec_dist.errors import ConfigError
+    from launcher import submit as work
 
-    found = gather(RunFolder.existing(runs, run))
-    if json:
-        print_json(found)
+    resolved = work.resolve(config, settings, name)
+    places = {"store": work.shared_folder(store, "--store", url=True), "runs": work.shared_folder(runs, "--runs")}
+    if render is not None:
+        from launcher.submit_render import render_files
+
+        render_files(render.value, resolved, folder=folder, image=image, console=out(), **places)
         return
-    show(found, out())
-    if (found["metrics"] or {}).get("main"):
-        out().print(metrics_table(result_rows(found["metrics"])))
+    if address is None:
+        raise ConfigError("which cluster?", where="--address", expected="http://HOST:8265", fix="or use --render")
+    work.submit(resolved, **places, address=address, wait=wait, timeout=timeout, console=out())
+
+
+@job_app.command("status")
+@guarded
+def job_status(job: Job, address: Address, json: AsJson = False) -> None:
+    """State of a job, as the cluster tells it."""
+    from launcher.submit import job_status
+
+    job_status(address, job, json, out())
+
+
+@job_app.command("logs")
+@guarded
+def job_logs(
+    job: Job,
+    address: Address,
+    follow: Annotated[bool, typer.Option("--follow", help="Until the job is over, and end as it does.")] = False,
+    timeout: Timeout = 300.0,
+) -> None:
+    """What a job has printed."""
+    from launcher.submit import job_logs
+
+    job_logs(address, job, follow, timeout, out())
+
+
+@job_app.command("stop")
+@guarded
+def job_stop(job: Job, address: Address) -> None:
+    """Stop a job: its run saves a checkpoint and leaves; submit it again to go on."""
+    from launcher.submit import job_stop
+
+    job_stop(address, job, out())
+
+
+@app.command()
+@guarded
+def reproduce(
+    paper: Annotated[Paper, typer.Argument(metavar="PAPER", help="prorec or csj_id.", show_default=False)],
+    tables: Annotated[
+        list[int] | None, typer.Option("--table", metavar="N", help="prorec: 3, 4, 5, 6. Repeatable; none: all.")
+    ] = None,
+    figures: Annotated[
+        list[int] | None, typer.Option("--figure", metavar="N", help="prorec: 7, 8, 9. Repeatable; none: all.")
+    ] = None,
+    data: Annotated[
+        DataSets | None, typer.Option("--data", help="Default: those that the paper prints.", show_default=False)
+    ] = None,
+    order: Annotated[Order, typer.Option("--order", help="Order of interactions.")] = Order.both,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="0,1,2", help="Every run once for each.")] = "0,1,2",
+    settings: Overrides = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; write the page of the runs that exist.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs and what they build; start nothing.")
+    ] = False,
+    parallel: Parallel = 1,
+    encoders: Encoders = None,
+    store: StorePath = STORE,
+    runs: RunsPath = RUNS,
+) -> None:
+    """Run or reuse what a paper's tables and figures need, and write one page of them beside ours."""
+    from launcher import reproduce as work
+    from launcher import torchrun
+    from launcher.study_plan import parse_encoders
+
+    torchrun.refuse("reproduce")
+    asked = [f"Table {n}" for n in tables or []] + [f"Figure {n}" for n in figures or []]
+    places = parse_encoders(encoders or [])
+    plan = work.make_plan(paper.value, asked, data and data.value, order.value, settings or [], seeds, places)
+    if dry_run:
+        work.show_plan(plan, store, out())
+        return
+    work.reproduce(
+        plan, store=store, runs=runs, command=sys.argv, console=out(), parallel=parallel, report_only=report_only
+    )
+
+
+@app.command()
+@guarded
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="YAML file, see configs/sweeps/.", show_default=False)
+    ],
+    settings: Overrides = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the sweep; default: the file's.")] = None,
+    parallel: Annotated[
+        int, typer.Option("--parallel", "--max-parallel", min=0, help="Trials at once; 0: as many as fit.")
+    ] = 0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
+    extend: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--extend",
+            metavar="depth=48|seed=3,4|file",
+            help="Add depths or seeds, or take in what the sweep file has come to have. Repeatable.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every trial with size, cost and time; start nothing.")
+    ] = False,
+    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="In a dry run, time real steps here.")] = True,
+    store: StorePath = STORE,
+    runs: RunsPath = RUNS,
+) -> None:
+    """Train a ladder of depths, or any grid, for several arms and seeds. The same command again goes on."""
+    from launcher import sweep as work
+    from launcher import torchrun
+
+    torchrun.refuse("sweep")
+    planned = work.prepare(config, name, settings or [], extend or [], runs)
+    if dry_run:
+        from launcher.sweep_dryrun import show_sweep
+
+        show_sweep(planned, store, work.machines_for_plan(planned), parallel, probe, out())
+        return
+    outcome = work.carry_out(
+        planned, store=store, parallel=parallel, retry_failed=retry_failed, command=sys.argv, console=out()
+    )
+    work.conclude(outcome, planned, out())
+
+
+@app.command()
+@guarded
+def status(
+    run: RunName,
+    json: AsJson = False,
+    watch: Annotated[
+        bool | None,
+        typer.Option(
+            "--watch/--no-watch", help="Refresh while it runs. Default: sweeps on a terminal.", show_default=False
+        ),
+    ] = None,
+    runs: RunsPath = RUNS,
+) -> None:
+    """State of a run or a sweep from its folder: running, finished, failed or interrupted, progress, metrics."""
+    from genrec_dist.runs import RunFolder
+    from genrec_dist.studies.scaling.sweep_folder import SweepFolder
+    from launcher.status import gather, show_run, watch_run
+
+    sweep = SweepFolder.find(runs, run)
+    if sweep is not None:
+        from launcher.sweep_status import SweepStatus, show_status
+
+        if json:
+            print_json(SweepStatus(sweep).gather())
+        else:
+            show_status(sweep, out(), watch)
+        return
+    folder = RunFolder.existing(runs, run)
+    if json:
+        print_json(gather(folder))
+    elif watch:
+        watch_run(folder, out())
+    else:
+        show_run(gather(folder), out())
 
 
 @app.command()
 @guarded
 def report(run: RunName, runs: RunsPath = RUNS) -> None:
-    """Write the HTML report of a run again."""
+    """Write the HTML report of a run or a sweep again."""
     from genrec_dist.runs import RunFolder
+    from genrec_dist.studies.scaling.sweep_folder import SweepFolder
     from launcher.results import make_report
 
+    sweep = SweepFolder.find(runs, run)
+    if sweep is not None:
+        from launcher.sweep_report import write_sweep_report
+
+        typer.echo(str(write_sweep_report(sweep)))
+        return
     typer.echo(str(make_report(RunFolder.existing(runs, run))))
 
 

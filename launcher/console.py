@@ -14,6 +14,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from genrec_dist.errors import EXIT_BUG
@@ -68,6 +69,15 @@ def _write_traceback() -> Path:
     with tempfile.NamedTemporaryFile("w", prefix="genrec-", suffix=".log", delete=False) as file:
         traceback.print_exc(file=file)
     return Path(file.name)
+
+
+def show_whole(table: Table, console: Console) -> None:
+    """Print a table without cutting a cell, on however narrow a terminal."""
+    here = console.width
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(here, needed)
+    console.print(table, crop=False, soft_wrap=False)
+    console.width = here
 
 
 def metrics_table(rows: dict[str, dict[str, float]], title: str = "") -> Table:

@@ -29,6 +29,7 @@ from genrec_dist.studies.sizes import (
     fusion_size,
     generator_size,
     gpt_size,
+    hstu_size,
     lightgcn_size,
     sasrec_size,
     training_memory,
@@ -91,37 +92,59 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
         return Plan(rows, None, None, [], notes, embedding)
     if counts.note != "exact":
         notes.append(f"counts: {counts.note}; what follows from them is an estimate too")
-    codebook = None
-    sizes: dict[str, tuple[ModelSize, int]] = {}
+    codebook, loops = None, []
     for section in trained_sections(config):
-        if section == "lightgcn":
-            sizes[section] = lightgcn_size(config.lightgcn, counts), counts.num_training_pairs
-        elif section == "fusion":
-            sizes[section] = _fusion(config, counts, finished.get("semantic"), notes)
-        elif section == "generator":
-            codebook = codebook_size(config, counts, finished.get("identifiers"))
-            if codebook.note != "exact":
-                notes.append(f"codebook: {codebook.note}; k-means that splits unevenly goes deeper")
-            width = config.fusion.dim * (2 if concatenated(config) else 1)
-            sizes[section] = (
-                generator_size(config.generator, codebook, counts.num_items, width),
-                counts.num_prefixes,
-            )
-        elif section == "gpt":
-            codebook = codebook_size(config, counts, finished.get("identifiers"))
-            rows_of = max(counts.num_windows(config.gpt.max_history), 1)
-            mean = counts.num_prefixes / rows_of
-            sizes[section] = gpt_size(config.gpt, codebook, config.identifiers.rqvae.latent_dim, mean), rows_of
-        else:
-            rows_of = max(counts.num_windows(config.sasrec.max_history), 1)
-            mean = counts.num_prefixes / rows_of
-            sizes[section] = (sasrec_size(config.sasrec, counts.num_items, mean), rows_of)
-    return Plan(rows, counts, codebook, [_loop(config, n, *s) for n, s in sizes.items()], notes, embedding)
+        loop, book = section_loop(config, section, counts, finished, notes)
+        codebook = book or codebook
+        loops.append(loop)
+    return Plan(rows, counts, codebook, loops, notes, embedding)
 
 
-def concatenated(config: Config) -> bool:
-    """True when the integrated embedding is twice as wide as a table."""
-    return config.fusion.mode == "concat_pca" or config.fusion.integrated == "concat"
+def section_loop(
+    config: Config, section: str, counts: Counts, finished: dict[str, Path], notes: list[str]
+) -> tuple[Loop, CodebookSize | None]:
+    """Sizes of one gradient loop, and the codebook that they follow from.
+
+    Args:
+        config: resolved configuration.
+        section: one of `trained_sections`.
+        counts: of the catalog.
+        finished: artifacts that are there, by stage name.
+        notes: get what had to be assumed.
+    """
+    codebook = None
+    if section == "lightgcn":
+        size, samples = lightgcn_size(config.lightgcn, counts), counts.num_training_pairs
+    elif section == "fusion":
+        size, samples = _fusion(config, counts, finished.get("semantic"), notes)
+    elif section == "generator":
+        codebook = codebook_size(config, counts, finished.get("identifiers"))
+        if codebook.note != "exact":
+            notes.append(f"codebook: {codebook.note}; k-means that splits unevenly goes deeper")
+        width = integrated_width(config, finished.get("semantic"), notes)
+        size, samples = generator_size(config.generator, codebook, counts.num_items, width), counts.num_prefixes
+    elif section == "gpt":
+        codebook = codebook_size(config, counts, finished.get("identifiers"))
+        samples = max(counts.num_windows(config.gpt.max_history), 1)
+        size = gpt_size(config.gpt, codebook, config.identifiers.rqvae.latent_dim, counts.num_prefixes / samples)
+    elif section == "hstu":
+        samples = max(counts.num_windows(config.hstu.max_history), 1)
+        size = hstu_size(config.hstu, counts.num_items, counts.num_prefixes / samples)
+    else:
+        samples = max(counts.num_windows(config.sasrec.max_history), 1)
+        size = sasrec_size(config.sasrec, counts.num_items, counts.num_prefixes / samples)
+    return _loop(config, section, size, samples), codebook
+
+
+def integrated_width(config: Config, semantic: Path | None, notes: list[str]) -> int:
+    """Columns of the integrated embeddings."""
+    fusion = config.fusion
+    if fusion.mode in ("semantic", "concat_pca"):
+        full = _text_width(config, semantic, notes)
+        if fusion.mode == "semantic":
+            return min(full, fusion.dim) if fusion.semantic_pca else full
+        return min(full, fusion.dim) + fusion.dim
+    return fusion.dim * (2 if fusion.mode == "joint" and fusion.integrated == "concat" else 1)
 
 
 def _action(stage: Stage, store: Path) -> str:
@@ -141,15 +164,22 @@ def _loop(config: Config, name: str, size: ModelSize, samples: int) -> Loop:
 
 
 def _fusion(config: Config, counts: Counts, semantic: Path | None, notes: list[str]) -> tuple[ModelSize, int]:
-    dim = semantic_dim(config, semantic)
-    if dim is None:
-        dim = DEFAULT_DIM
-        notes.append(f"semantic embeddings: width unknown before the stage has run, {dim} assumed")
+    dim = _text_width(config, semantic, notes)
     settings, samples, mean = config.fusion, counts.num_prefixes, 1.0
     if settings.backbone == "sasrec" and settings.loss == "full_softmax":  # a loss at every position of a row
         samples = max(counts.num_windows(settings.max_history), 1)
         mean = counts.num_prefixes / samples
     return fusion_size(settings, counts.num_items, dim, mean), samples
+
+
+def _text_width(config: Config, semantic: Path | None, notes: list[str]) -> int:
+    """Columns of the text embeddings; a guess is noted once."""
+    dim = semantic_dim(config, semantic)
+    if dim is not None:
+        return dim
+    note = f"semantic embeddings: width unknown before the stage has run, {DEFAULT_DIM} assumed"
+    notes += [] if note in notes else [note]
+    return DEFAULT_DIM
 
 
 def catalog_counts(config: Config, artifact: Path | None) -> Counts | None:

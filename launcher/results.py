@@ -27,6 +27,14 @@ def finish_run(config: Config, run: RunFolder) -> None:
     write_report(run)
 
 
+def finish_short(run: RunFolder) -> None:
+    """Report of a run that ends early; metrics of an earlier one with other settings are not its own."""
+    from genrec_dist.studies.report import write_report
+
+    (run.path / "metrics.json").unlink(missing_ok=True)
+    write_report(run)
+
+
 def make_report(run: RunFolder) -> Path:
     """Write the report of a run again; what libraries print goes to its log.
 

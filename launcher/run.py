@@ -31,6 +31,8 @@ from launcher.failures import Stopped, explain
 from launcher.screen import StageScreen
 from launcher.signals import SignalWatch
 from launcher.streams import captured
+from launcher.trackers import check_tracking
+from launcher.tracking import Tracking
 
 EVENT_OF_EXIT = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
 
@@ -96,14 +98,35 @@ def check_elastic(config: Config, by_owner: set[str]) -> None:
 def trained_sections(config: Config) -> list[str]:
     """Configuration sections with a gradient loop that the method or a reference uses."""
     sections = {
-        "prorec": ["fusion", "generator"],
+        "prorec": ["fusion", "generator"] if config.fusion.mode != "semantic" else ["generator"],
         "csj_id": ["lightgcn", "gpt"],
         "semantic_id": ["gpt"],
         "lightgcn": ["lightgcn"],
     }.get(config.method, [])
     if config.method == "sasrec" or any(name.startswith("sasrec") for name in config.active_references):
         sections.append("sasrec")
+    if config.method == "hstu" or "hstu" in config.active_references:
+        sections.append("hstu")
     return sections
+
+
+def last_stage(stages: list[Stage], name: str | None) -> list[Stage]:
+    """The stages up to those of one name, and nothing of what stands beside them; None: all of them.
+
+    Raises:
+        ConfigError: the method has no such stage.
+    """
+    if name is None:
+        return stages
+    found = [stage for stage in stages if stage.name == name]
+    if not found:
+        raise ConfigError(
+            "the method has no such stage",
+            where="--until",
+            got=name,
+            expected=f"one of {', '.join(dict.fromkeys(stage.name for stage in stages))}",
+        )
+    return found
 
 
 def perform(
@@ -134,11 +157,12 @@ def perform(
 
     Raises:
         Stopped: anything went wrong or a signal arrived; events.jsonl and the log already say so.
-        ConfigError: another process is at work in this run folder.
+        ConfigError: another process is at work in this run folder, or a tracker's package is not installed.
         CheckpointError: resume='require' and there is nothing to continue from.
     """
     from genrec_dist.training import watchdog
 
+    check_tracking(config.tracking)
     if resume == "require":
         require_progress(stages, store)
     run = RunFolder(runs, config.name)
@@ -158,12 +182,14 @@ def perform(
         with SignalWatch() as signals, captured(log, to_stderr=to_stderr) as stream:
             screen = StageScreen(stream, len(needed), config.runtime.progress_seconds)
             run.say = screen.note
+            tracking = Tracking(config, run)
             watchdog.last_words = partial(_hung, run, screen, stream)
             try:
                 artifacts = ArtifactStore(store)
                 if resume == "never":
                     discard_unfinished(stages, artifacts)
-                execute(stages, artifacts, run, config.runtime, on_stage=screen.on_stage)
+                with tracking:
+                    execute(stages, artifacts, run, config.runtime, on_stage=_both(screen.on_stage, tracking.on_stage))
                 if finish is not None:
                     finish(run)
                 screen.close(failed=False)
@@ -180,6 +206,14 @@ def perform(
                 watchdog.last_words = None
                 _leave()
     return run
+
+
+def _both(*callbacks: Callable[[Stage, str, Path], None]) -> Callable[[Stage, str, Path], None]:
+    def call(stage: Stage, state: str, folder: Path) -> None:
+        for callback in callbacks:
+            callback(stage, state, folder)
+
+    return call
 
 
 def _hung(run: RunFolder, screen: StageScreen, stream: TextIO, text: str) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -19,6 +21,7 @@ from genrec_dist.artifacts.files import read_json
 from genrec_dist.pipeline import Stage
 
 POLL_SECONDS = 0.5
+REFRESH_SECONDS = 2.0
 HIDDEN = ("done", "total", "unit", "time")
 
 
@@ -51,6 +54,27 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def watch(
+    frame: Callable[[], tuple[RenderableType, bool]], console: Console, wait: Callable[[float], None] = time.sleep
+) -> None:
+    """Show a status that refreshes until nothing is running any more; Ctrl-C only ends the display.
+
+    Args:
+        frame: (what to show, whether something is running).
+        console: a terminal.
+        wait: seconds to the next look.
+    """
+    shown, running = frame()
+    with Live(shown, console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        try:
+            while running:
+                wait(REFRESH_SECONDS)
+                shown, running = frame()
+                live.update(shown, refresh=True)
+        except KeyboardInterrupt:
+            return
 
 
 class StageScreen:

@@ -9,10 +9,13 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from genrec_dist.artifacts.files import read_json, read_jsonl
 from genrec_dist.runs import RunFolder
-from launcher.screen import amount, details, duration, read_progress
+from launcher.console import metrics_table
+from launcher.results import result_rows
+from launcher.screen import amount, details, duration, read_progress, watch
 
 END_STATES = {
     "run_finished": "finished",
@@ -137,3 +140,22 @@ def show(status: dict, console: Console) -> None:
         console.print(escape(f"{status['error']}\n  log: {status['log']}"), soft_wrap=True)
     if status["report"]:
         console.print(f"report: {escape(status['report'])}", soft_wrap=True)
+
+
+def show_run(status: dict, console: Console) -> None:
+    """Print a status and, of a finished run, its metrics."""
+    show(status, console)
+    if (status["metrics"] or {}).get("main"):
+        console.print(metrics_table(result_rows(status["metrics"])))
+
+
+def watch_run(run: RunFolder, console: Console) -> None:
+    """Show the status of a run and refresh it until it runs no more."""
+
+    def frame() -> tuple[Text, bool]:
+        found = gather(run)
+        with console.capture() as text:
+            show_run(found, console)
+        return Text.from_ansi(text.get()), found["state"] == "running"
+
+    watch(frame, console)

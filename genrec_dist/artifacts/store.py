@@ -3,19 +3,25 @@
 An artifact is built in `<hash>.building/`, which survives a kill so that the stage can continue, and is
 renamed when its manifest is complete. A folder without a manifest does not exist for readers. A corrupt
 artifact is named, moved to `quarantine/` and rebuilt.
+
+Processes that want the same artifact take turns at `.<hash>.lock`, held by `flock`: the kernel gives it back however
+its holder ends, so there is no stale lock to take over. The file says who holds it, for those who wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from genrec_dist.artifacts.files import canonical_json, read_json, sha256_file, write_json
 from genrec_dist.config import check_name
@@ -72,6 +78,20 @@ def problems_of(folder: Path) -> list[str]:
     return problems + [f"{name}: not in the manifest" for name in sorted(extra)]
 
 
+def _take(lock: TextIO, waiting: Callable[[str], None]) -> None:
+    """Wait for an open lock file, then write this process into it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        waiting(lock.read().strip() or "another process")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+
+
 class ArtifactStore:
     """Content-addressed artifacts under one root folder.
 
@@ -83,6 +103,7 @@ class ArtifactStore:
         self.root = Path(root).resolve()
         self.root.mkdir(parents=True, exist_ok=True)
         self._verified: set[Path] = set()
+        self._held: set[Path] = set()
 
     def path(self, stage: str, key: str) -> Path:
         """Where the finished artifact lives (whether or not it exists)."""
@@ -106,18 +127,30 @@ class ArtifactStore:
         if not self.exists(stage, key):
             raise ArtifactError("no such artifact", where=folder, fix="run the stage that builds it")
         if folder not in self._verified:
-            problems = self.verify(stage, key)
-            if problems:
-                target = self.quarantine(stage, key)
-                raise ArtifactError(
-                    "artifact is corrupt and was moved to quarantine",
-                    where=folder,
-                    got="; ".join(problems[:5]),
-                    expected="the sizes and SHA-256 of its manifest",
-                    fix=f"run the same command again to rebuild it; the bad copy is {target}",
-                )
+            if self.verify(stage, key):
+                self._set_aside(stage, key)
             self._verified.add(folder)
         return folder
+
+    def _set_aside(self, stage: str, key: str) -> None:
+        """Quarantine an artifact that looks corrupt, unless another process has rebuilt it meanwhile.
+
+        Raises:
+            ArtifactError: it was corrupt.
+        """
+        folder = self.path(stage, key)
+        with self._locked(stage, key):
+            problems = self.verify(stage, key)
+            if not problems:
+                return
+            moved = f"the bad copy is {self.quarantine(stage, key)}" if self.exists(stage, key) else "it is gone"
+            raise ArtifactError(
+                "artifact is corrupt and was moved to quarantine",
+                where=folder,
+                got="; ".join(problems[:5]),
+                expected="the sizes and SHA-256 of its manifest",
+                fix=f"run the same command again to rebuild it; {moved}",
+            )
 
     def quarantine(self, stage: str, key: str) -> Path:
         """Move an artifact out of the way and return where it went."""
@@ -128,18 +161,52 @@ class ArtifactStore:
         return target
 
     @contextmanager
-    def building(self, stage: str, key: str) -> Iterator[Path]:
+    def building(self, stage: str, key: str, waiting: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
         """Exclusive work folder of an artifact; what a killed build left is still in it.
 
-        A second process that wants the same artifact waits here for the first.
+        A second process that wants the same artifact waits here for the first, and should then see whether it `exists`.
+
+        Args:
+            stage: name of the stage.
+            key: content hash.
+            waiting: called with who holds the lock, before this process waits for it.
+
+        Raises:
+            ArtifactError: the file system has no locks.
         """
-        final = self.path(stage, key)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with open(final.with_name(f".{key}.lock"), "w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            folder = final.with_name(f"{key}.building")
+        with self._locked(stage, key, waiting):
+            folder = self.path(stage, key).with_name(f"{key}.building")
             folder.mkdir(exist_ok=True)
-            yield folder
+            try:
+                yield folder
+            finally:
+                with contextlib.suppress(OSError):  # one that was not needed; what holds anything stays
+                    folder.rmdir()
+
+    @contextmanager
+    def _locked(self, stage: str, key: str, waiting: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+        """Hold an artifact's lock; again inside itself it is the same lock."""
+        final = self.path(stage, key)
+        if final in self._held:
+            yield
+            return
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with open(final.with_name(f".{key}.lock"), "a+", encoding="utf-8") as lock:
+            try:
+                _take(lock, waiting)
+            except OSError as error:
+                raise ArtifactError(
+                    "the store's file system has no locks",
+                    where=lock.name,
+                    got=f"{type(error).__name__}: {error}",
+                    expected="one that supports flock, so that two processes never build one artifact at once",
+                    fix="choose another --store; see docs/cluster.md",
+                ) from error
+            self._held.add(final)
+            try:
+                yield
+            finally:
+                self._held.discard(final)
 
     def finish(self, stage: str, key: str, description: dict) -> Path:
         """Checksum the work folder, write its manifest last, and rename it into place.

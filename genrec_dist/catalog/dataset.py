@@ -54,6 +54,23 @@ class Sequences:
     def lengths(self) -> np.ndarray:
         return np.diff(self.indptr)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """First and last time, seconds.
+
+        Raises:
+            DataError: no interaction has a time.
+        """
+        known = self.timestamps[self.timestamps != NO_TIMESTAMP]
+        if not len(known):
+            raise DataError(
+                "no interaction has a time",
+                where="catalog",
+                expected="timestamps, which time_bumps asks for",
+                fix="set time_bumps=0",
+            )
+        return int(known.min()), int(known.max())
+
     def by_item(self) -> Sequences:
         """The same interactions, each user's sorted by item (equal items keep their order)."""
         user = np.repeat(np.arange(self.num_users), self.lengths)

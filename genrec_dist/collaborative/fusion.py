@@ -10,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genrec_dist.collaborative.backbones import Din, SasRec
-from genrec_dist.collaborative.losses import full_softmax, info_nce, sampled_softmax, scale_of, similarity
+from genrec_dist.collaborative.backbones import Din, SasRec, TimeEncoding, history_of
+from genrec_dist.collaborative.losses import (
+    counted,
+    full_softmax,
+    info_nce,
+    sampled_softmax,
+    scale_of,
+    similarity,
+)
 from genrec_dist.config import FusionConfig
 from genrec_dist.graph.rows import normal_rows
 from genrec_dist.training.counter import stream_key
@@ -61,6 +68,7 @@ class FusionModel(nn.Module):
         semantic: E_S, kept as a constant.
         seed: of the item table, whose rows start as functions of their item alone.
         item_indices: items of the rows, where the model has only some.
+        span: first and last time of the data, where times are read.
 
     Shapes:
         semantic: (num_items, semantic_dim) float32.
@@ -69,7 +77,12 @@ class FusionModel(nn.Module):
     semantic: torch.Tensor
 
     def __init__(
-        self, config: FusionConfig, semantic: torch.Tensor, seed: int = 0, item_indices: np.ndarray | None = None
+        self,
+        config: FusionConfig,
+        semantic: torch.Tensor,
+        seed: int = 0,
+        item_indices: np.ndarray | None = None,
+        span: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         self.config = config
@@ -81,12 +94,25 @@ class FusionModel(nn.Module):
         self.adaption = ModalityAdaption(semantic.shape[1], config.dim)
         if config.backbone == "din":
             self.backbone: nn.Module = Din(
-                config.dim, config.max_history, config.dropout, config.attention, config.similarity == "cosine"
+                config.dim,
+                config.max_history,
+                config.dropout,
+                config.attention,
+                config.similarity == "cosine",
+                config.item_dropout,
             )
         else:
             self.backbone = SasRec(
-                config.dim, config.max_history, config.num_layers, config.num_heads, config.dropout, config.input_norm
+                config.dim,
+                config.max_history,
+                config.num_layers,
+                config.num_heads,
+                config.dropout,
+                config.input_norm,
+                config.item_dropout,
             )
+        if config.time_bumps:
+            self.time = TimeEncoding(config.dim, config.time_bumps, span)
         nn.init.xavier_uniform_(self.adaption.linear.weight)
 
     @property
@@ -107,30 +133,38 @@ class FusionModel(nn.Module):
         """What the sequence model reads of rows of both tables."""
         return collaborative if self.config.item_input == "collaborative" else collaborative + adapted
 
+    def beside(self, times: torch.Tensor | None = None) -> torch.Tensor | float:
+        """What is added to the items of a history, given their times, (B, L, D)."""
+        return 0.0 if times is None or not self.config.time_bumps else self.time(times)
+
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Joint loss of a batch.
 
         Args:
-            batch: history, mask and target(s); `align_items` distinct items of the global batch and
-                `align_anchors` this worker's positions among them; `negatives` for the sampled softmax;
-                `count` and `align_count`, the global counts over the number of workers.
+            batch: history, mask and target(s), `times` where they are read; `align_items` distinct items of the global
+                batch and `align_anchors` this worker's positions among them (padded on a GPU, `align_size` are real),
+                where there is an alignment; `negatives` for the sampled softmax; `count` and `align_count`, the global
+                counts over the number of workers.
         """
         config = self.config
         if config.loss == "full_softmax":
             collaborative, adapted, table = self.items()
             seq = self._full_loss(table, batch)
-            local = batch["align_items"]
+            local = batch.get("align_items")
         else:
             # Only the rows that this batch touches are computed.
-            needed = torch.cat([batch[k].flatten() for k in ("history", "target", "negatives", "align_items")])
+            names = [k for k in ("history", "target", "negatives", "align_items") if k in batch]
+            needed = torch.cat([batch[k].flatten() for k in names])
             distinct, place = torch.unique(needed, return_inverse=True)
             collaborative, adapted, table = self.items(distinct)
-            history, target, negatives, local = place.split(
-                [batch[k].numel() for k in ("history", "target", "negatives", "align_items")]
-            )
+            history, target, negatives, *rest = place.split([batch[k].numel() for k in names])
+            local = rest[0] if rest else None
             seq = self._sampled_loss(
                 table, history.view_as(batch["history"]), batch["mask"], target, negatives, batch["target"], batch
             )
+        if local is None:
+            loss = seq / batch["count"]
+            return {"loss": loss, "loss_seq": loss}
         align = info_nce(
             collaborative[local[batch["align_anchors"]]],
             adapted[local],
@@ -138,39 +172,44 @@ class FusionModel(nn.Module):
             kind=config.align_similarity,
             temperature=config.align_temperature,
             positive_in_denominator=config.align_positive_in_denominator,
+            num_candidates=batch.get("align_size"),
         )
         seq, align = seq / batch["count"], align / batch["align_count"]
         return {"loss": seq + config.align_weight * align, "loss_seq": seq, "loss_align": align}
 
     def _full_loss(self, table: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        scale = scale_of(self.config.similarity, self.config.temperature)
+        config = self.config
+        beside = self.beside(*history_of(batch)[2:])
+        scale = scale_of(config.similarity, config.temperature)
         if isinstance(self.backbone, SasRec):
-            states = self.backbone.states(table, batch["history"])[batch["mask"]]
-            return full_softmax(
-                similarity(states, table, self.config.similarity) * scale, batch["targets"][batch["mask"]]
-            )
-        logits = self.backbone.scores(table, batch["history"], batch["mask"], table)  # type: ignore[operator]
-        return full_softmax(logits * scale, batch["target"])
+            states = self.backbone.states(table, batch["history"], beside)
+            states, targets = counted(states, batch["targets"], batch["mask"])
+            return full_softmax(similarity(states, table, config.similarity) * scale, targets, config.label_smoothing)
+        logits = self.backbone.scores(table, batch["history"], batch["mask"], table, beside)  # type: ignore[operator]
+        return full_softmax(logits * scale, batch["target"], config.label_smoothing)
 
     def _sampled_loss(self, table, history, mask, target, negatives, target_items, batch) -> torch.Tensor:
         scale = scale_of(self.config.similarity, self.config.temperature)
-        candidates = table[torch.cat([target, negatives])]
+        candidates, beside = table[torch.cat([target, negatives])], self.beside(*history_of(batch)[2:])
         if isinstance(self.backbone, Din):
-            scores = self.backbone.scores(table, history, mask, candidates) * scale
+            scores = self.backbone.scores(table, history, mask, candidates, beside) * scale
         else:
-            users = self.backbone.user(table, history, mask)  # type: ignore[operator]
+            users = self.backbone.user(table, history, mask, beside)  # type: ignore[operator]
             scores = similarity(users, candidates, self.config.similarity) * scale
         positive = scores.diagonal()  # candidate b is the target of sample b
         hit = batch["negatives"][None, :] == target_items[:, None]
         return sampled_softmax(positive, scores[:, len(target) :], hit, self.num_items - 1)
 
     @torch.no_grad()
-    def score_catalog(self, history: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def score_catalog(
+        self, history: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scores of all items for each history, (B, num_items)."""
         _, _, table = self.items()
+        beside = self.beside(times)
         if isinstance(self.backbone, Din):
-            return self.backbone.scores(table, history, mask, table)
-        users = self.backbone.user(table, history, mask)  # type: ignore[operator]
+            return self.backbone.scores(table, history, mask, table, beside)
+        users = self.backbone.user(table, history, mask, beside)  # type: ignore[operator]
         return similarity(users, table, self.config.similarity)
 
 

@@ -35,9 +35,26 @@ def scale_of(kind: str, temperature: float) -> float:
     return 1.0 / temperature if kind == "cosine" else 1.0
 
 
-def full_softmax(logits_BN: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy over the whole catalog (equation 4)."""
-    return F.cross_entropy(at_least_float32(logits_BN), targets_B, reduction="sum")
+def full_softmax(logits_BN: torch.Tensor, targets_B: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Summed cross-entropy over the whole catalog (equation 4); a target of -100 does not count.
+
+    Args:
+        smoothing: share of the label that goes to all items alike.
+    """
+    return F.cross_entropy(at_least_float32(logits_BN), targets_B, reduction="sum", label_smoothing=smoothing)
+
+
+def counted(
+    states_BLD: torch.Tensor, targets_BL: torch.Tensor, mask_BL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States and targets of the places that count, one a row.
+
+    On a CPU the others are left out. On a GPU they stay, with the target -100: their rows cost less than waiting for
+    their number, and all batches have the same shape.
+    """
+    if states_BLD.device.type == "cpu":
+        return states_BLD[mask_BL], targets_BL[mask_BL]
+    return states_BLD.flatten(0, 1), targets_BL.masked_fill(~mask_BL, -100).flatten()
 
 
 def blocked_softmax(
@@ -122,6 +139,7 @@ def info_nce(
     kind: str,
     temperature: float,
     positive_in_denominator: bool = True,
+    num_candidates: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Summed InfoNCE of each anchor with its positive among the candidates (equation 3).
 
@@ -131,6 +149,8 @@ def info_nce(
         positives: index of each anchor's own item among the candidates.
         kind: 'cosine' or 'dot'; both are divided by the temperature, as equation 3 writes it.
         positive_in_denominator: False keeps j != i, as equation 3 writes it; True is the usual InfoNCE.
+        num_candidates: how many of the candidates count, on the device; those behind them are padding, and so are
+            anchors whose positive is one of these. None: all.
 
     Shapes:
         anchors: (A, D). candidates: (C, D). positives: (A,) int64.
@@ -139,6 +159,14 @@ def info_nce(
     """
     logits = similarity(anchors, candidates, kind) / temperature
     own = logits.gather(1, positives[:, None]).squeeze(1)
+    if num_candidates is not None:
+        padding = torch.arange(len(candidates), device=logits.device) >= num_candidates
+        logits = logits.masked_fill(padding, -math.inf)
+        if not positive_in_denominator:
+            alone = logits.scatter(1, positives[:, None], -math.inf)
+            logits = torch.where(num_candidates < 2, logits, alone)  # a lone item loses nothing
+        loss = torch.logsumexp(logits, 1) - own
+        return loss.where(~padding[positives], loss.new_zeros(())).sum()
     if not positive_in_denominator:
         if len(candidates) < 2:  # a lone item has nothing to be told apart from
             return own.sum() * 0.0

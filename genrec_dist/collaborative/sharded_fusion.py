@@ -40,13 +40,21 @@ def check_shardable(config: FusionConfig) -> None:
     Raises:
         ConfigError: a loss at every position of a row, or the naive concatenation, which needs the whole table.
     """
-    if config.mode == "concat_pca":
+    if config.mode != "joint":
         raise ConfigError(
-            "the naive concatenation needs the whole table on one worker",
+            "this arm needs the whole table on one worker",
             where="runtime.shard_tables",
-            got="fusion.mode concat_pca",
+            got=f"fusion.mode {config.mode}",
             expected="fusion.mode joint",
             fix="set runtime.shard_tables=false",
+        )
+    if config.time_bumps:
+        raise ConfigError(
+            "times are not read over graph partitions",
+            where="fusion.time_bumps",
+            got=config.time_bumps,
+            expected="0 with runtime.shard_tables",
+            fix="set one of them to its default",
         )
     if config.backbone == "sasrec" and config.loss == "full_softmax":
         raise ConfigError(

@@ -95,8 +95,7 @@ def _mean_kl(log_p: np.ndarray, log_q: np.ndarray) -> float:
 def concat_pca(semantic: np.ndarray, collaborative: np.ndarray) -> np.ndarray:
     """The naive fusion: semantic embeddings reduced to the collaborative width by PCA, then concatenated.
 
-    Neither part is scaled, which is what lets one modality dominate. The sign of a principal component is free; the
-    one that makes its largest loading positive is taken.
+    Neither part is scaled, which is what lets one modality dominate.
 
     Shapes:
         semantic: (num_items, semantic_dim) float.
@@ -113,10 +112,21 @@ def concat_pca(semantic: np.ndarray, collaborative: np.ndarray) -> np.ndarray:
         raise DataError(
             "embedding tables have different numbers of items", got=len(semantic), expected=len(collaborative)
         )
-    centred = semantic.astype(np.float64)
+    reduced = reduce_by_pca(semantic, collaborative.shape[1])
+    return np.concatenate([reduced, collaborative], axis=1, dtype=np.float32, casting="same_kind")
+
+
+def reduce_by_pca(table: np.ndarray, width: int) -> np.ndarray:
+    """The first principal components of a table, not scaled.
+
+    The sign of a principal component is free; the one that makes its largest loading positive is taken.
+
+    Shapes:
+        table: (num_items, dim) float. Returns (num_items, min(width, dim)) float64.
+    """
+    centred = table.astype(np.float64)
     centred -= centred.mean(axis=0)
     _, vectors = np.linalg.eigh(centred.T @ centred)
-    components = vectors[:, ::-1][:, : collaborative.shape[1]]
+    components = vectors[:, ::-1][:, :width]
     largest = np.abs(components).argmax(axis=0)
-    components = components * np.sign(components[largest, np.arange(components.shape[1])])
-    return np.concatenate([centred @ components, collaborative], axis=1, dtype=np.float32, casting="same_kind")
+    return centred @ (components * np.sign(components[largest, np.arange(components.shape[1])]))

@@ -2,13 +2,14 @@
 
 Writes the integrated table (Zarr, the artifact itself), `collaborative/` and `adapted/` tables, model.safetensors,
 curves.jsonl, summary.json and similarity.json (equations 9 and 10, Table 4). Over graph partitions the item table is in
-`collaborative/` alone, and model.safetensors holds the dense layers.
+`collaborative/` alone, and model.safetensors holds the dense layers. Mode `semantic` writes the text's table alone.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from genrec_dist.artifacts.embeddings import write_embeddings
@@ -17,9 +18,9 @@ from genrec_dist.artifacts.reader import EmbeddingStore, read_embeddings
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.collaborative.fusion import FusionModel, integrate
 from genrec_dist.collaborative.sharded_fusion import ShardedFusionTask, check_shardable
-from genrec_dist.collaborative.similarity import concat_pca, modality_similarity
+from genrec_dist.collaborative.similarity import concat_pca, modality_similarity, reduce_by_pca
 from genrec_dist.config import Config, FusionConfig
-from genrec_dist.evaluation.dense import dense_ranks
+from genrec_dist.evaluation.dense import by_history, dense_ranks
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.graph.rows import write_sharded
 from genrec_dist.graph.stage import Partitions, graph_stage, partition_stage
@@ -30,7 +31,7 @@ from genrec_dist.training.loop import train
 from genrec_dist.training.owned import OwnedSequences
 from genrec_dist.training.samples import holdout_samples
 from genrec_dist.training.sharded import ShardedEngine, refuse_deepspeed
-from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, uniform_negatives
+from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, steady, uniform_negatives
 from genrec_dist.training.worker import Worker
 
 COMPARED_ITEMS = 50_000
@@ -46,6 +47,9 @@ def fusion_stage(config: Config, catalog: Stage, semantic: Stage) -> Stage:
         "validation_users": config.evaluation.validation_users,
     }
     inputs = {"catalog": catalog, "semantic": semantic}
+    if config.fusion.mode == "semantic":
+        table = config.fusion.model_dump(mode="json", include={"mode", "dim", "semantic_pca"})
+        return Stage("fusion", 2, table, {"semantic": semantic}, lambda context: build_semantic(context, table))
     if not config.runtime.shard_tables:
         return Stage("fusion", 2, settings, inputs, lambda context: build_fusion(context, settings))
     check_shardable(config.fusion)
@@ -70,35 +74,56 @@ class FusionTask:
     ) -> None:
         torch.manual_seed(seed)
         self.config, self.seed, self.users = config, seed, users
-        self.model = FusionModel(config, semantic, seed).to(worker.device)
+        span = sequences.span if config.time_bumps else (0, 1)
+        self.model = FusionModel(config, semantic, seed, span=span).to(worker.device)
         optim, device = config.optim, worker.device
         self.batches: PrefixBatches | RowBatches
         if config.backbone == "sasrec" and config.loss == "full_softmax":
-            self.batches = RowBatches.build(sequences, config.max_history, optim.batch_size, seed, device)
+            self.batches = RowBatches.build(
+                sequences, config.max_history, optim.batch_size, seed, device, times=bool(config.time_bumps)
+            )
         else:
             self.batches = PrefixBatches.build(
-                sequences, config.max_history, optim.batch_size, seed, optim.length_buckets, device
+                sequences,
+                config.max_history,
+                optim.batch_size,
+                seed,
+                optim.length_buckets,
+                device,
+                times=bool(config.time_bumps),
             )
         self.order = self.batches.order
-        self.valid, _ = holdout_samples(sequences, config.max_history, "valid", device)
+        self.valid, _ = holdout_samples(sequences, config.max_history, "valid", device, times=bool(config.time_bumps))
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
         batch = self.batches.local(indices, worker)
-        batch |= alignment_batch(self.batches.target_items(indices), worker)
+        if self.config.align_weight:
+            most = self.batches.most_targets if worker.device.type == "cuda" else 0
+            batch |= alignment_batch(self.batches.target_items(indices), worker, most)
         if self.config.loss == "sampled_softmax":
             batch["negatives"] = uniform_negatives(
                 self.model.num_items, self.config.num_negatives, self.seed, indices, worker.device
             )
-        return batch
+        return steady(batch, worker)
 
     @torch.no_grad()
     def validate(self, worker: Worker) -> dict[str, float]:
-        ranks = dense_ranks(self.model.score_catalog, self.valid, self.config.max_history, worker, limit=self.users)
+        score, width = by_history(self.model.score_catalog), self.config.max_history
+        ranks = dense_ranks(score, self.valid, width, worker, limit=self.users)
         return rank_metrics(ranks, [10])
 
 
+def build_semantic(context: StageContext, settings: dict) -> None:
+    """Write the text's own table, rows at length 1, as the integrated one."""
+    table = read_embeddings(context.inputs["semantic"])
+    if settings["semantic_pca"]:
+        table = reduce_by_pca(table, settings["dim"])
+    unit = F.normalize(torch.from_numpy(table), dim=-1).numpy()
+    write_embeddings(context.out, np.ascontiguousarray(unit, np.float32))
+
+
 def build_fusion(context: StageContext, settings: dict) -> None:
-    """Train (or, for the naive baseline, concatenate) and write all tables."""
+    """Train and write all tables."""
     launch(train_fusion, context, settings)
     config = FusionConfig.model_validate(settings["fusion"])
     semantic = read_embeddings(context.inputs["semantic"])
@@ -108,9 +133,13 @@ def build_fusion(context: StageContext, settings: dict) -> None:
     model.eval()
     with torch.no_grad():
         collaborative, adapted, _ = (table.detach() for table in model.items())
-        joint = integrate(collaborative, adapted, config.integrated).numpy()
     naive = concat_pca(semantic, collaborative.numpy())
-    integrated = naive if config.mode == "concat_pca" else joint
+    if config.mode == "concat_pca":
+        integrated = naive
+    elif config.mode == "collaborative":
+        integrated = F.normalize(collaborative, dim=-1).numpy()
+    else:
+        integrated = integrate(collaborative, adapted, config.integrated).numpy()
     write_embeddings(context.out, np.ascontiguousarray(integrated, np.float32))
     for name, table in (("collaborative", collaborative), ("adapted", adapted)):
         (context.out / name).mkdir(exist_ok=True)
@@ -144,10 +173,10 @@ def _write_similarity(context: StageContext, config: FusionConfig, semantic, col
 def train_fusion(worker: Worker, context: StageContext, settings: dict) -> None:
     """Worker function: train Stage I; worker 0 writes model.safetensors and summary.json.
 
-    The naive concatenation baseline takes its collaborative table from a model that never sees the text.
+    The naive concatenation and the collaborative arm take their table from a model that never sees the text.
     """
     config = FusionConfig.model_validate(settings["fusion"])
-    if config.mode == "concat_pca":
+    if config.mode != "joint":
         config.item_input, config.align_weight = "collaborative", 0.0
     sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
     semantic = torch.from_numpy(read_embeddings(context.inputs["semantic"]))

@@ -10,10 +10,17 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from genrec_dist.collaborative.backbones import history_of
 from genrec_dist.training.samples import HistorySamples
 from genrec_dist.training.worker import Worker
 
-Scorer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Scorer = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+"""Batch of samples -> scores of all items, (B, num_items)."""
+
+
+def by_history(score: Callable[..., torch.Tensor]) -> Scorer:
+    """A scorer that reads history and mask, and the history's own times where the batch holds times."""
+    return lambda batch: score(*history_of(batch))
 
 
 def target_ranks(scores_BN: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
@@ -54,7 +61,7 @@ def dense_ranks(
     """Ranks of all targets over the whole catalog, on every worker.
 
     Args:
-        score: (history, mask) -> (B, num_items).
+        score: the model; a batch holds what `samples` gather.
         samples: histories and targets.
         limit: only the first so many samples; 0 takes all.
         seen_masked: leave the items of the history out of the ranking.
@@ -67,7 +74,7 @@ def dense_ranks(
     for start, end in batched(count, batch_size, worker):
         worker.alive()
         batch = samples.gather(torch.arange(start, end, device=worker.device), max_history)
-        scores = score(batch["history"], batch["mask"]).float()
+        scores = score(batch).float()
         if seen_masked:
             scores = mask_seen(scores, batch)
         ranks[start:end] = target_ranks(scores, batch["target"])

@@ -7,8 +7,9 @@ from typing import cast
 import numpy as np
 import torch
 
+from genrec_dist.collaborative.backbones import history_of
 from genrec_dist.config import RuntimeConfig
-from genrec_dist.evaluation.dense import batched, mask_seen, target_ranks
+from genrec_dist.evaluation.dense import Scorer, batched, mask_seen, target_ranks
 from genrec_dist.evaluation.replay import Batch, BatchRunner
 from genrec_dist.generator.beam import CodeGenerator, DenseGenerator, beam_search, exact_log_probabilities
 from genrec_dist.generator.search_tables import SearchTables
@@ -49,7 +50,8 @@ def list_ranks(
     tables = SearchTables(model)
 
     def rank(batch: Batch) -> Batch:
-        items, _, _ = beam_search(model, batch["history"], batch["mask"], width, mix_weight, tables)
+        history, mask, *times = history_of(batch)
+        items, _, _ = beam_search(model, history, mask, width, mix_weight, tables, None, *times)
         return {"rank": rank_in_list(items, batch["target"])}
 
     runner = BatchRunner(rank, worker.device)
@@ -73,7 +75,7 @@ class GenerativeRanker:
     def __init__(self, model: CodeGenerator, width: int, mix_weight: float, tables: SearchTables | None = None) -> None:
         self.model, self.width = model, width
         self.mix_weight = mix_weight if model.dense_token != "none" else 0.0
-        self.max_history = model.max_history
+        self.max_history, self.times = model.max_history, model.reads_times
         self.tables = SearchTables(model) if tables is None else tables
 
     def __call__(self, batch: Batch, exact: bool = False) -> Batch:
@@ -83,14 +85,14 @@ class GenerativeRanker:
             batch: history, mask, target.
             exact: also score the whole catalog, which waits for the device.
         """
-        history, mask, target = batch["history"], batch["mask"], batch["target"]
-        items, _, log_p = beam_search(self.model, history, mask, self.width, self.mix_weight, self.tables)
+        (history, mask, *times), target = history_of(batch), batch["target"]
+        items, _, log_p = beam_search(self.model, history, mask, self.width, self.mix_weight, self.tables, None, *times)
         out = {"rank": rank_in_list(items, target), "rank_masked": rank_in_list(drop_seen(items, batch), target)}
         if self.mix_weight:
             order = log_p.argsort(dim=1, descending=True, stable=True)
             out["rank_without_mix"] = rank_in_list(items.gather(1, order), target)
         if exact:
-            scores, mixed = self._exact_scores(history, mask)
+            scores, mixed = self._exact_scores(history, mask, *times)
             if self.mix_weight and not mixed:  # the token behind the codes has no score for the whole catalog
                 items = items.gather(1, log_p.argsort(dim=1, descending=True, stable=True))
             top = scores.topk(min(10, scores.shape[1]), 1).indices
@@ -99,13 +101,15 @@ class GenerativeRanker:
             out["same_top10"] = (items[:, :10, None] == top[:, None, :]).any(2).sum(1)
         return out
 
-    def _exact_scores(self, history: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    def _exact_scores(
+        self, history: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, bool]:
         """Whole-catalog scores, and whether the dense score is mixed in (a token at the start only)."""
         model = self.model
-        scores = exact_log_probabilities(model, history, mask, self.tables)
+        scores = exact_log_probabilities(model, history, mask, self.tables, times)
         if self.mix_weight and model.dense_token == "start":
             scorer = cast(DenseGenerator, model)
-            hidden, _, _ = scorer.begin(history, mask)
+            hidden, _, _ = scorer.begin(history, mask, times)
             return scores + self.mix_weight * scorer.dense_logits(scorer.distilled(hidden[:, 0])), True
         return scores, False
 
@@ -114,15 +118,16 @@ class DenseRanker:
     """Ranks of one batch from dense scores of the whole catalog.
 
     Args:
-        score: (history, mask) -> (B, num_items).
+        score: batch -> (B, num_items).
         max_history: widest history.
+        times: the scores need the items' times.
     """
 
-    def __init__(self, score, max_history: int) -> None:
-        self.score, self.max_history = score, max_history
+    def __init__(self, score: Scorer, max_history: int, times: bool = False) -> None:
+        self.score, self.max_history, self.times = score, max_history, times
 
     def __call__(self, batch: Batch, exact: bool = False) -> Batch:
-        scores = self.score(batch["history"], batch["mask"]).float()
+        scores = self.score(batch).float()
         return {
             "rank": target_ranks(scores, batch["target"]),
             "rank_masked": target_ranks(mask_seen(scores, batch), batch["target"]),

@@ -13,6 +13,9 @@ import numpy as np
 
 from genrec_dist.errors import DataError
 
+BITS = "bits_per_item"
+"""Name of the validation loss of evaluation/likelihood.py among a validation's metrics."""
+
 
 def rank_counts(ranks: np.ndarray, largest: int) -> np.ndarray:
     """Number of users at each rank from 1 to `largest`; entry 0 counts the misses and everything beyond.

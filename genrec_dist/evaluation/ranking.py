@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from genrec_dist.catalog.dataset import Catalog, Sequences
-from genrec_dist.config import EvaluationConfig, GeneratorConfig, GptConfig, RuntimeConfig, SasrecConfig
-from genrec_dist.evaluation.dense import batched
+from genrec_dist.config import EvaluationConfig, GeneratorConfig, GptConfig, HstuConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.evaluation.dense import batched, by_history
 from genrec_dist.evaluation.generative import DenseRanker, GenerativeRanker
 from genrec_dist.evaluation.replay import BatchRunner, DeviceProgress
 from genrec_dist.pipeline import StageContext
@@ -59,7 +59,7 @@ def rank_users(
     runner = BatchRunner(ranker, worker.device, fixed=None if generative else False)
     out = {}
     for split in splits:
-        samples, _ = holdout_samples(sequences, ranker.max_history, split, worker.device)
+        samples, _ = holdout_samples(sequences, ranker.max_history, split, worker.device, times=ranker.times)
         names, checked = ["rank", "rank_masked"], 0
         if settings["method"] == "generator" and evaluation.mix_weight and settings["generator"]["distill_weight"]:
             names.append("rank_without_mix")
@@ -121,7 +121,17 @@ def _ranker(
         from genrec_dist.baselines.popularity import popularity_scores
 
         scores = popularity_scores(sequences).to(worker.device)
-        return DenseRanker(lambda history, mask: scores.expand(len(history), -1), 1_000)
+        return DenseRanker(lambda batch: scores.expand(len(batch["history"]), -1), 1_000)
+    if method == "hstu":
+        from genrec_dist.baselines.hstu_stage import load_hstu
+
+        hstu = load_hstu(HstuConfig.model_validate(settings["hstu"]), sequences.num_items, inputs["hstu"])
+        hstu = hstu.to(worker.device)
+        return DenseRanker(
+            lambda batch: hstu.score_catalog(batch["history"], batch["mask"], batch["times"]),
+            hstu.config.max_history,
+            times=True,
+        )
     from safetensors.torch import load_file
 
     from genrec_dist.baselines.sasrec import SasrecModel
@@ -130,4 +140,4 @@ def _ranker(
     sasrec = SasrecModel(section, sequences.num_items)
     sasrec.load_state_dict(load_file(inputs["sasrec"] / "model.safetensors"))
     sasrec = sasrec.to(worker.device).eval()
-    return DenseRanker(sasrec.score_catalog, section.max_history)
+    return DenseRanker(by_history(sasrec.score_catalog), section.max_history)

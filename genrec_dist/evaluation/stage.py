@@ -36,7 +36,7 @@ def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], labe
     """Stage that evaluates one trained model.
 
     Args:
-        method: 'generator', 'gpt', 'sasrec_inner', 'sasrec_cosine' or 'popularity'.
+        method: 'generator', 'gpt', 'sasrec_inner', 'sasrec_cosine', 'hstu' or 'popularity'.
         inputs: 'catalog', and the model's own artifacts.
         label: title of the stage.
     """
@@ -51,6 +51,8 @@ def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], labe
     elif method == "gpt":
         settings["gpt"] = config.gpt.model_dump(mode="json")
         del settings["evaluation"]["mix_weight"]  # no distillation token
+    elif method == "hstu":
+        settings["hstu"] = config.hstu.model_dump(mode="json")
     elif method.startswith("sasrec"):
         settings["sasrec"] = config.sasrec.model_copy(update={"similarity": method[7:]}).model_dump(mode="json")
     else:

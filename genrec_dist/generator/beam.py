@@ -30,10 +30,15 @@ class CodeGenerator(Protocol):
     def max_history(self) -> int: ...
 
     @property
+    def reads_times(self) -> bool: ...
+
+    @property
     def dense_token(self) -> Literal["none", "start", "end"]:
         """Where a token that scores items densely stands; such a model is a `DenseGenerator`."""
 
-    def begin(self, history: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Any, list[KeyValue] | None]:
+    def begin(
+        self, history: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any, list[KeyValue] | None]:
         """States (B, T, D), of which the last predicts the first code, memory of the users, cache of the beams."""
 
     def start_tokens(self, batch: int) -> torch.Tensor:
@@ -67,6 +72,7 @@ def beam_search(
     mix_weight: float = 0.0,
     tables: SearchTables | None = None,
     static: bool | None = None,
+    times: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best items of each user.
 
@@ -78,9 +84,10 @@ def beam_search(
         tables: made of the model's present weights; None makes them, which costs more than a few users' search.
         static: all shapes follow from the shape of the batch and nothing waits for the device, so that the search can
             be captured in a CUDA graph; otherwise beams that have ended are not decoded. None: on a GPU.
+        times: of the history's items, for a model that reads them.
 
     Shapes:
-        history: (B, S) int64. mask: (B, S) bool.
+        history: (B, S) int64. mask: (B, S) bool. times: (B, S) int64 seconds.
         returns: items (B, W) int64, best first, -1 where fewer than W items exist; scores (B, W) float32 (mixed);
             log-probabilities (B, W) float32 in the same order.
 
@@ -89,7 +96,7 @@ def beam_search(
     """
     search = BeamSearch(model, width, tables, history.is_cuda if static is None else static)
     mix_weight = mix_weight if model.dense_token != "none" else 0.0
-    beams = search.begin(history, mask)
+    beams = search.begin(history, mask, times)
     for level in range(1, model.trie.max_depth):
         if not search.extend(beams, level):
             break
@@ -133,10 +140,10 @@ class BeamSearch:
         self.tables = SearchTables(model) if tables is None else tables
         self.tables.check()
 
-    def begin(self, history: torch.Tensor, mask: torch.Tensor) -> Beams:
+    def begin(self, history: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None = None) -> Beams:
         """Run the histories and choose first codes."""
         batch, device = len(history), history.device
-        hidden, memory, cache = self.model.begin(history, mask)
+        hidden, memory, cache = self.model.begin(history, mask, times)
         root = torch.zeros(batch, dtype=torch.int64, device=device)
         totals = self.tables.child_scores(hidden[:, -1], root, torch.zeros(batch, device=device), 0)
         scores, pick = totals.topk(min(self.width, totals.shape[1]), 1)
@@ -194,7 +201,11 @@ def _end_token_logits(model: DenseGenerator, memory: Any, items: torch.Tensor) -
 
 @torch.no_grad()
 def exact_log_probabilities(
-    model: CodeGenerator, history: torch.Tensor, mask: torch.Tensor, tables: SearchTables | None = None
+    model: CodeGenerator,
+    history: torch.Tensor,
+    mask: torch.Tensor,
+    tables: SearchTables | None = None,
+    times: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-probability of every item for every user: the whole tree, teacher-forced, no cache, no pruning.
 
@@ -207,7 +218,7 @@ def exact_log_probabilities(
     trie, batch, device = model.trie, len(history), history.device
     tables = SearchTables(model) if tables is None else tables
     tables.check()
-    state, memory, _ = model.begin(history, mask)
+    state, memory, _ = model.begin(history, mask, times)
     log_p = torch.full((batch, trie.num_nodes), NEG, device=device)
     log_p[:, 0] = 0.0
     ancestors = torch.zeros(1, 0, dtype=torch.int64, device=device)

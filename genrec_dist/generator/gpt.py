@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from genrec_dist.config import GptConfig
-from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, node_means
-from genrec_dist.generator.transformer import AddNorm, CausalLayer, KeyValue, init_weights
+from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, item_nats, node_means
+from genrec_dist.generator.transformer import AddNorm, CausalLayer, KeyValue, init_weights, scale_residuals
 from genrec_dist.identifiers.trie import Trie
 
 
@@ -68,6 +68,8 @@ class GptGenerator(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.apply(init_weights)
         nn.init.normal_(self.bos, std=0.02)
+        if config.init == "depth_scaled":
+            scale_residuals(self.layers)
         self.head = self._make_head(trie, table)
 
     def _make_head(self, trie: Trie, table: torch.Tensor | None) -> Head:
@@ -153,9 +155,21 @@ class GptGenerator(nn.Module):
         by_level = {f"loss_level_{level}": loss.detach() / batch["count"] for level, loss in enumerate(losses, 1)}
         return {"loss": total} | by_level
 
+    def target_nats(self, history_BS: torch.Tensor, mask_BS: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
+        """Negative log-probability of each target given its history, (B,) float32: see `item_nats`."""
+        place, row = mask_BS.sum(1), torch.arange(len(target_B), device=target_B.device)
+        items = torch.cat([history_BS, torch.zeros_like(target_B)[:, None]], 1)
+        items[row, place] = target_B
+        path_BL, depth_B = self.trie.item_path[target_B], self.trie.depth[target_B]
+        return item_nats(self.head, self.trie, self.states(items)[row, place], path_BL, depth_B)
+
     # Search
 
-    def begin(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, Prefix, None]:
+    reads_times = False
+
+    def begin(
+        self, history_BS: torch.Tensor, mask_BS: torch.Tensor, times_BS: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Prefix, None]:
         """Run the histories once: state that predicts the next item's first code (B, 1, D), and the prefix.
 
         Shapes:

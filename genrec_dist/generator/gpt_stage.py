@@ -18,10 +18,11 @@ from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.config import Config, GptConfig
 from genrec_dist.errors import ConfigError
 from genrec_dist.evaluation.generative import list_ranks
+from genrec_dist.evaluation.likelihood import code_bits
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.gpt import GptGenerator
 from genrec_dist.generator.heads import ChildHead
-from genrec_dist.generator.parameters import load_parameters
+from genrec_dist.generator.parameters import count_parameters, load_parameters
 from genrec_dist.generator.stage import mean_codebook
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
@@ -111,7 +112,9 @@ class GptTask:
 
     def validate(self, worker: Worker) -> dict[str, float]:
         width, limit = self.settings["validation_beam"], self.settings["validation_users"]
-        return rank_metrics(list_ranks(self.model, self.valid, worker, width=width, limit=limit), [10])
+        ranks = list_ranks(self.model, self.valid, worker, width=width, limit=limit)
+        bits = code_bits(self.model.target_nats, self.valid, self.config.max_history, worker, limit)
+        return rank_metrics(ranks, [10]) | bits
 
 
 def train_gpt(worker: Worker, context: StageContext, settings: dict) -> None:
@@ -121,7 +124,8 @@ def train_gpt(worker: Worker, context: StageContext, settings: dict) -> None:
     torch.manual_seed(settings["seed"])
     model = build_gpt(config, context.inputs["identifiers"]).to(worker.device)
     task = GptTask(model, sequences, worker, settings)
+    sizes = count_parameters(model)
     engine = make_engine(model, config.optim, worker, context.runtime)
     summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])
     if worker.is_main:
-        write_json(context.out / "summary.json", summary)
+        write_json(context.out / "summary.json", summary | {"num_parameters": sizes})

@@ -6,6 +6,8 @@ Shape legend: B rows, C children (padded to the widest node of the level), D wid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -73,17 +75,24 @@ class ChildHead(nn.Module):
         dim: D of the decoder.
         node_embeddings: start values.
         kind, temperature: similarity of query and node.
+        trained: False keeps the node embeddings as they start.
 
     Shapes:
         node_embeddings: (num_nodes, N) float32.
     """
 
     def __init__(
-        self, trie: DeviceTrie, dim: int, node_embeddings: torch.Tensor, kind: str, temperature: float
+        self,
+        trie: DeviceTrie,
+        dim: int,
+        node_embeddings: torch.Tensor,
+        kind: str,
+        temperature: float,
+        trained: bool = True,
     ) -> None:
         super().__init__()
         self.trie, self.kind, self.scale = [trie], kind, scale_of(kind, temperature)
-        self.nodes = nn.Embedding.from_pretrained(node_embeddings.clone(), freeze=False)
+        self.nodes = nn.Embedding.from_pretrained(node_embeddings.clone(), freeze=not trained)
         self.query = nn.Linear(dim, node_embeddings.shape[1])
 
     def table(self, rows: float) -> torch.Tensor | None:
@@ -160,6 +169,28 @@ class PerLevelHead(nn.Module):
 Head = ChildHead | PerLevelHead
 
 
+def _level_logits(
+    head: Head,
+    trie: DeviceTrie,
+    hidden_BLD: torch.Tensor,
+    path_BL: torch.Tensor,
+    depth_B: torch.Tensor,
+    table: torch.Tensor | None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits and labels of the rows, level by level; the label is -100 past an item's depth."""
+    for level in range(path_BL.shape[1]):
+        node = path_BL[:, level]
+        parent = trie.parent[node] if level else torch.zeros_like(node)
+        if isinstance(head, PerLevelHead):
+            logits, label = head.code_logits(hidden_BLD[:, level], level), trie.code[node]
+        else:
+            logits, label = head(hidden_BLD[:, level], parent, level, table), node - trie.first_child[parent]
+        here = depth_B > level
+        label = label.where(here, torch.full_like(label, -100))
+        # A row without children here would give -inf - (-inf): its logits are replaced, its label ignored.
+        yield logits.masked_fill(~here[:, None], 0.0), label
+
+
 def code_losses(
     head: Head,
     trie: DeviceTrie,
@@ -183,20 +214,24 @@ def code_losses(
     Returns:
         One float32 scalar a level.
     """
-    losses = []
-    for level in range(path_BL.shape[1]):
-        node = path_BL[:, level]
-        parent = trie.parent[node] if level else torch.zeros_like(node)
-        if isinstance(head, PerLevelHead):
-            logits, label = head.code_logits(hidden_BLD[:, level], level), trie.code[node]
-        else:
-            logits, label = head(hidden_BLD[:, level], parent, level, table), node - trie.first_child[parent]
-        here = depth_B > level
-        label = label.where(here, torch.full_like(label, -100))
-        # A row without children here would give -inf - (-inf): its logits are replaced, its label ignored.
-        logits = logits.masked_fill(~here[:, None], 0.0)
-        losses.append(_cross_entropy(logits, label, smoothing))
-    return losses
+    levels = _level_logits(head, trie, hidden_BLD, path_BL, depth_B, table)
+    return [_cross_entropy(logits, label, smoothing) for logits, label in levels]
+
+
+def item_nats(
+    head: Head, trie: DeviceTrie, hidden_BLD: torch.Tensor, path_BL: torch.Tensor, depth_B: torch.Tensor
+) -> torch.Tensor:
+    """Negative log-probability of each item, the sum over the levels of its code, (B,) float32 in nats.
+
+    With a child head the probabilities of all items add up to 1: codes and items are in bijection, and every softmax
+    runs over the children that exist. With a per-level head it runs over all K codes, so what the model gives to codes
+    that no item has counts against it: the items' probabilities add up to less than 1.
+
+    Args: as `code_losses`.
+    """
+    table = head.table(len(path_BL)) if isinstance(head, ChildHead) else None
+    levels = _level_logits(head, trie, hidden_BLD, path_BL, depth_B, table)
+    return torch.stack([F.cross_entropy(*level, ignore_index=-100, reduction="none") for level in levels]).sum(0)
 
 
 def _cross_entropy(logits: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genrec_dist.collaborative.backbones import recency
+from genrec_dist.collaborative.backbones import TimeEncoding, hide_items, history_of, recency
 from genrec_dist.collaborative.losses import (
     at_least_float32,
     blocked_softmax,
@@ -24,8 +24,15 @@ from genrec_dist.collaborative.losses import (
     similarity,
 )
 from genrec_dist.config import GeneratorConfig
-from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, node_means
-from genrec_dist.generator.transformer import AddNorm, DecoderLayer, EncoderLayer, KeyValue, init_weights
+from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, item_nats, node_means
+from genrec_dist.generator.transformer import (
+    AddNorm,
+    DecoderLayer,
+    EncoderLayer,
+    KeyValue,
+    init_weights,
+    scale_residuals,
+)
 from genrec_dist.identifiers.trie import Trie
 
 Memory = tuple[list[KeyValue], torch.Tensor]
@@ -40,6 +47,7 @@ class Generator(nn.Module):
         config: generator section.
         trie: codes and tree of all items.
         integrated: Stage I embeddings: encoder input, start of the node embeddings, distillation targets.
+        span: first and last time of the data, where times are read.
 
     Shapes:
         integrated: (num_items, N) float32.
@@ -47,7 +55,9 @@ class Generator(nn.Module):
 
     integrated: torch.Tensor
 
-    def __init__(self, config: GeneratorConfig, trie: Trie, integrated: torch.Tensor) -> None:
+    def __init__(
+        self, config: GeneratorConfig, trie: Trie, integrated: torch.Tensor, span: tuple[int, int] = (0, 1)
+    ) -> None:
         super().__init__()
         self.config, dim = config, config.dim
         self.trie = DeviceTrie(trie)
@@ -71,12 +81,24 @@ class Generator(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.apply(init_weights)
         nn.init.normal_(self.bos, std=0.02)
+        if config.init == "depth_scaled":
+            scale_residuals(self.encoder)
+            scale_residuals(self.decoder)
+        if config.time_bumps:
+            self.time = TimeEncoding(dim, config.time_bumps, span)
 
         if config.encoder_input == "item":
             self.item = nn.Embedding.from_pretrained(self.integrated.clone(), freeze=not config.train_item_embeddings)
         if config.head == "child":
             nodes = node_means(trie, self.integrated)
-            self.head: Head = ChildHead(self.trie, dim, nodes, config.head_similarity, config.head_temperature)
+            self.head: Head = ChildHead(
+                self.trie,
+                dim,
+                nodes,
+                config.head_similarity,
+                config.head_temperature,
+                config.train_node_embeddings,
+            )
             self.node_in = nn.Linear(width, dim)
             self.head.query.apply(init_weights)
         else:
@@ -92,32 +114,48 @@ class Generator(nn.Module):
         return self.config.max_history
 
     @property
+    def reads_times(self) -> bool:
+        """Whether histories come with times."""
+        return self.config.time_bumps > 0
+
+    @property
     def dense_token(self) -> Literal["none", "start", "end"]:
         """Where the distillation token stands."""
         return self.config.distill_position if self.config.distill_weight else "none"
 
     # Encoder
 
-    def encode(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> Memory:
-        """For search: keys and values of every decoder layer over the encoded history, and their mask (B, 1, 1, S)."""
-        x_BSD, mask = self._encoded(history_BS, mask_BS)
+    def encode(self, history_BS: torch.Tensor, mask_BS: torch.Tensor, times_BS: torch.Tensor | None = None) -> Memory:
+        """For search: keys and values of every decoder layer over the encoded history, and their mask (B, 1, 1, S).
+
+        Args:
+            times_BS: seconds of the history's items, for a model that reads times; None: all are the data's last.
+        """
+        x_BSD, mask = self._encoded(history_BS, mask_BS, times_BS)
         return [cast(DecoderLayer, layer).cross_attention.project(x_BSD) for layer in self.decoder], mask
 
-    def _encoded(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encoded(
+        self, history_BS: torch.Tensor, mask_BS: torch.Tensor, times_BS: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """States of the history (B, S, D), and their mask (B, 1, 1, S)."""
-        x_BSD, mask_BS = self._source(history_BS, mask_BS)
+        x_BSD, mask_BS = self._source(history_BS, mask_BS, times_BS)
         mask = mask_BS[:, None, None, :]
         x_BSD, branch = self.dropout(self.source_norm(x_BSD)), None
         for layer in self.encoder:
             x_BSD, branch = layer(x_BSD, branch, mask)
         return self.encoder_norm.after(x_BSD, branch, self.config.dropout)[1], mask
 
-    def _source(self, history_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        place = self.position(recency(mask_BS))
+    def _source(
+        self, history_BS: torch.Tensor, mask_BS: torch.Tensor, times_BS: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        place, hidden = self.position(recency(mask_BS)), self.config.item_dropout
+        if self.reads_times:
+            place = place + self.time(self.time.latest(history_BS) if times_BS is None else times_BS)
         if self.config.encoder_input == "item":
-            return self.item_in(self.item(history_BS)) + place, mask_BS
+            return hide_items(self.item_in(self.item(history_BS)), hidden, self.training) + place, mask_BS
         levels = self.trie.max_depth
         tokens = self._code_tokens(self.trie.item_path[history_BS])  # (B, S, L, D)
+        tokens = hide_items(tokens.flatten(2), hidden, self.training).view_as(tokens)
         tokens = tokens + place[:, :, None]
         exists = torch.arange(levels, device=mask_BS.device) < self.trie.depth[history_BS][..., None]
         batch, length = mask_BS.shape
@@ -161,10 +199,10 @@ class Generator(nn.Module):
         return self.decoder_norm.after(x_BTD, branch, self.config.dropout)[1]
 
     def begin(
-        self, history_BS: torch.Tensor, mask_BS: torch.Tensor
+        self, history_BS: torch.Tensor, mask_BS: torch.Tensor, times_BS: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Memory, list[KeyValue] | None]:
         """States of the start tokens (the last one predicts the first code), memory, cache of the start tokens."""
-        memory = self.encode(history_BS, mask_BS)
+        memory = self.encode(history_BS, mask_BS, times_BS)
         hidden, cache = self.decode(self.start_tokens(len(history_BS)), memory)
         return hidden, memory, cache
 
@@ -214,9 +252,10 @@ class Generator(nn.Module):
         """L_gen + beta L_distillation (equation 8).
 
         Args:
-            batch: history, mask (B, S), target (B,), count; `distill_negatives` (M,) when they are sampled; `levels`,
-                the longest code of the global batch, unless the decoder is to run over all levels. Or `parts`, a list
-                of such batches with the count of the whole, whose losses are added.
+            batch: history, mask (B, S), target (B,), count; times (B, S + 1) where they are read, of which the last
+                column, the target's, is not; `distill_negatives` (M,) when they are sampled; `levels`, the longest code
+                of the global batch, unless the decoder is to run over all levels. Or `parts`, a list of such batches
+                with the count of the whole, whose losses are added.
         """
         parts = batch.get("parts", [batch])
         # By the count, which all workers share: under ZeRO 3 they have to call the same modules.
@@ -226,9 +265,26 @@ class Generator(nn.Module):
             return losses[0]
         return {name: torch.stack([loss[name] for loss in losses]).sum() for name in losses[0]}
 
+    def target_nats(
+        self,
+        history_BS: torch.Tensor,
+        mask_BS: torch.Tensor,
+        target_B: torch.Tensor,
+        times_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Negative log-probability of each target given its history, (B,) float32: see `item_nats`.
+
+        One pass with the target's own codes as decoder input; no smoothing, no distillation token's score.
+        """
+        path_BL, depth_B = self.trie.item_path[target_B], self.trie.depth[target_B]
+        start = self.start_tokens(len(target_B))
+        x_BTD = torch.cat([start, self.path_tokens(path_BL[:, :-1])], 1)
+        hidden = self._decoded(x_BTD, *self._encoded(history_BS, mask_BS, times_BS))
+        return item_nats(self.head, self.trie, hidden[:, start.shape[1] - 1 :], path_BL, depth_B)
+
     def _losses(self, batch: dict, table: torch.Tensor | None) -> dict[str, torch.Tensor]:
         config, target = self.config, batch["target"]
-        source_BSD, mask = self._encoded(batch["history"], batch["mask"])
+        source_BSD, mask = self._encoded(*history_of(batch))
         levels = batch.get("levels", self.trie.max_depth)
         path_BL, depth_B = self.trie.item_path[target][:, :levels], self.trie.depth[target]
         at_end = self.dense_token == "end"

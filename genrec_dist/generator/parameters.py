@@ -1,4 +1,4 @@
-"""Trained parameters of a generator, from model.safetensors into a model. Knows nothing of training."""
+"""Trained parameters of a model: counted, and from model.safetensors into a model. Knows nothing of training."""
 
 from __future__ import annotations
 
@@ -9,9 +9,31 @@ from safetensors.torch import load_file
 from torch import nn
 
 from genrec_dist.errors import ArtifactError
+from genrec_dist.generator.heads import PerLevelHead
+from genrec_dist.generator.transformer import Layer
 
 MODEL = "model.safetensors"
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Number of trained parameters by convention.
+
+    Returns:
+        total: all that get gradients.
+        non_embedding: without the tables of items, codes, nodes and positions and without the output heads over codes.
+            What projects to and from a table's width stays.
+        layers: those of the stacked layers alone.
+    """
+
+    def trained(*modules: nn.Module) -> int:
+        distinct = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        return sum(p.numel() for p in distinct.values())
+
+    total = trained(model)
+    tables = trained(*(m for m in model.modules() if isinstance(m, nn.Embedding | PerLevelHead)))
+    layers = trained(*(m for m in model.modules() if isinstance(m, Layer)))
+    return {"total": total, "non_embedding": total - tables, "layers": layers}
 
 
 def load_parameters(model: Model, generator: Path, section: str) -> Model:

@@ -15,10 +15,11 @@ from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.config import Config, GeneratorConfig
 from genrec_dist.evaluation.generative import list_ranks
+from genrec_dist.evaluation.likelihood import code_bits
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.heads import DeviceTrie
 from genrec_dist.generator.model import Generator
-from genrec_dist.generator.parameters import load_parameters
+from genrec_dist.generator.parameters import count_parameters, load_parameters
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.studies.sizes import CodebookSize, decoder_layer_flops, generator_size
@@ -48,9 +49,9 @@ def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: 
     return Stage("generator", 2, settings, inputs, lambda context: launch(train_generator, context, settings))
 
 
-def build_model(config: GeneratorConfig, fusion: Path, identifiers: Path) -> Generator:
+def build_model(config: GeneratorConfig, fusion: Path, identifiers: Path, span: tuple[int, int] = (0, 1)) -> Generator:
     """The generator with fresh weights."""
-    return Generator(config, Trie.load(identifiers), torch.from_numpy(read_embeddings(fusion)))
+    return Generator(config, Trie.load(identifiers), torch.from_numpy(read_embeddings(fusion)), span)
 
 
 def load_model(config: GeneratorConfig, fusion: Path, identifiers: Path, generator: Path) -> Generator:
@@ -72,10 +73,11 @@ class GeneratorTask:
             config.optim.length_buckets,
             worker.device,
             model.trie.depth.cpu().numpy() if config.depth_buckets else None,
+            times=model.reads_times,
         )
         self.order = self.batches.order
         self._costs, self._level_flops = step_costs(model), flops_per_level(model)
-        self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
+        self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device, times=model.reads_times)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
         shared = {}
@@ -119,7 +121,9 @@ class GeneratorTask:
             mix_weight=self.settings["mix_weight"],
             limit=self.settings["validation_users"],
         )
-        return rank_metrics(ranks, [10])
+        limit = self.settings["validation_users"]
+        bits = code_bits(self.model.target_nats, self.valid, self.config.max_history, worker, limit)
+        return rank_metrics(ranks, [10]) | bits
 
 
 def step_costs(model: Generator) -> tuple[float, float, np.ndarray]:
@@ -167,9 +171,11 @@ def train_generator(worker: Worker, context: StageContext, settings: dict) -> No
     config = GeneratorConfig.model_validate(settings["generator"])
     sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
     torch.manual_seed(settings["seed"])
-    model = build_model(config, context.inputs["fusion"], context.inputs["identifiers"]).to(worker.device)
+    span = sequences.span if config.time_bumps else (0, 1)
+    model = build_model(config, context.inputs["fusion"], context.inputs["identifiers"], span).to(worker.device)
     task = GeneratorTask(model, sequences, worker, settings)
+    sizes = count_parameters(model)
     engine = make_engine(model, config.optim, worker, context.runtime)
     summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])
     if worker.is_main:
-        write_json(context.out / "summary.json", summary)
+        write_json(context.out / "summary.json", summary | {"num_parameters": sizes})

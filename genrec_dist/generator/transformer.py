@@ -7,6 +7,7 @@ Source: Vaswani et al. (2017); pre-norm as in Xiong et al. (2020).
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
@@ -183,15 +184,37 @@ class FeedForward(nn.Sequential):
         return self[3](gelu_dropout(self[0](x), rate))
 
 
-class _Layer(nn.Module):
-    """What the layers share: pre-norm, and a last branch that the next norm adds.
+class Layer(nn.Module):
+    """What a model stacks to get deeper.
 
-    A call takes a state and a branch that is not added yet and returns both anew, so that sum, dropout and norm are one
-    kernel where that pays. It is the training pass and needs nothing but its arguments and the layer's own parameters:
-    an engine may bring them at the call and take them away behind it. The methods for search find them in place.
+    A call is the training pass and needs nothing but its arguments and the layer's own parameters: an engine may bring
+    them at the call and take them away behind it. Subclasses say in `carry` what it computes.
     """
 
     recomputes = False
+
+    @property
+    def residual_outputs(self) -> list[nn.Linear]:
+        """What each of its branches ends with, before it is added to the state."""
+        raise NotImplementedError
+
+    def carry(self, *args: Any) -> Any:
+        """What is behind the layer."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any) -> Any:
+        """`carry`, whose activations are kept or, after `checkpoint_activations`, computed again."""
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return checkpoint(self.carry, *args, use_reentrant=False)
+        return self.carry(*args)
+
+
+class _Layer(Layer):
+    """What the Transformer's layers share: pre-norm, and a last branch that the next norm adds.
+
+    A call takes a state and a branch that is not added yet and returns both anew, so that sum, dropout and norm are one
+    kernel where that pays. The methods for search find the layer's parameters in place.
+    """
 
     def _add_feed_forward(self, dim: int, multiplier: int, dropout: float) -> None:
         self.ffn_norm = AddNorm(dim)
@@ -202,16 +225,6 @@ class _Layer(nn.Module):
         x, normed = self.ffn_norm.after(x, branch, self.dropout.p)
         return x, self.ffn(normed)
 
-    def carry(self, x: torch.Tensor, branch: torch.Tensor | None, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """State and branch behind the layer."""
-        raise NotImplementedError
-
-    def forward(self, x: torch.Tensor, branch: torch.Tensor | None, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """`carry`, whose activations are kept or, after `checkpoint_activations`, computed again."""
-        if self.recomputes and self.training and torch.is_grad_enabled():
-            return checkpoint(self.carry, x, branch, *args, use_reentrant=False)
-        return self.carry(x, branch, *args)
-
 
 class _SelfAttentionLayer(_Layer):
     """Self-attention and feed-forward; subclasses say what attends to what."""
@@ -221,6 +234,10 @@ class _SelfAttentionLayer(_Layer):
         self.attention_norm = AddNorm(dim)
         self.attention = Attention(dim, num_heads, dropout)
         self._add_feed_forward(dim, multiplier, dropout)
+
+    @property
+    def residual_outputs(self) -> list[nn.Linear]:
+        return [self.attention.out, cast(nn.Linear, self.ffn[3])]
 
 
 class EncoderLayer(_SelfAttentionLayer):
@@ -244,6 +261,10 @@ class DecoderLayer(_Layer):
         self.cross_norm = AddNorm(dim)
         self.cross_attention = Attention(dim, num_heads, dropout)
         self._add_feed_forward(dim, multiplier, dropout)
+
+    @property
+    def residual_outputs(self) -> list[nn.Linear]:
+        return [self.self_attention.out, self.cross_attention.out, cast(nn.Linear, self.ffn[3])]
 
     def carry(
         self, x_BTD: torch.Tensor, branch: torch.Tensor | None, source_BSD: torch.Tensor, source_mask: torch.Tensor
@@ -327,12 +348,26 @@ def transformer_layers(model: nn.Module) -> dict[str, _Layer]:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Make the Transformer layers of a model keep their inputs only, and compute the rest again in the backward pass.
+    """Make the layers of a model keep their inputs only, and compute the rest again in the backward pass.
 
     Dropout draws the same numbers again. Layers used in search or evaluation are not changed by it.
     """
-    for layer in transformer_layers(model).values():
-        layer.recomputes = True
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.recomputes = True
+
+
+def scale_residuals(layers: Iterable[nn.Module]) -> None:
+    """Divide the start of all branches' outputs of a stack by the square root of their number.
+
+    However many layers, the state that leaves the stack then starts about as large.
+
+    Source: Radford et al. (2019), section 2.3.
+    """
+    outputs = [out for layer in layers for out in cast(Layer, layer).residual_outputs]
+    with torch.no_grad():
+        for out in outputs:
+            out.weight.mul_(len(outputs) ** -0.5)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ A name of the table, a local folder and a hub id are all written into `semantic.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -177,6 +178,27 @@ def packaged_minilm() -> Path | None:
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
     return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
+def missing_weights(settings: SemanticConfig) -> str | None:
+    """Why the weights cannot be read on this machine, None where they lie here; nothing is downloaded to find out.
+
+    A named folder or file counts as here: a wrong path has its own error. What the hub's cache holds counts as well.
+    """
+    if settings.engine == "precomputed":
+        return None
+    source = resolve_model(settings)
+    if source.is_local:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError):
+        folder = Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
+        if any(file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)):
+            return None
+    at = f" --revision {source.revision}" if source.revision else ""
+    return f"the weights of {source.path} are not on this machine; `hf download {source.path}{at}` fetches them"
 
 
 def names_package(settings: SemanticConfig) -> bool:

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from genrec_dist.config import Config
 from genrec_dist.errors import ConfigError
+from genrec_dist.semantic.encoders import missing_weights
 from genrec_dist.studies import paper
 from genrec_dist.studies.csj_maps import csj_maps
 from genrec_dist.studies.csj_tables import csj_lambda, csj_main, csj_unique
-from genrec_dist.studies.prorec_figures import clusters, csj_tokenizers, tokenizers
+from genrec_dist.studies.prorec_figures import clusters, csj_tokenizers, encoders, tokenizers
+from genrec_dist.studies.prorec_tables import modalities, performance, similarity, tasks
 from genrec_dist.studies.study_data import StudyData, Variant
 from genrec_dist.studies.study_page import StudyPage
 
@@ -25,7 +28,9 @@ class Study:
         family: default configuration is `configs/<family>_<data set>.yaml`.
         variants: rows of the table.
         page: makes the page of the finished runs.
-        stops: after the identifiers, without a generator: 'never', 'optional' (some numbers need one), or 'always'.
+        stops: at `until`, without a generator: 'never', 'optional' (some numbers need one), or 'always'.
+        until: the last stage of a run that stops early.
+        obstacle: why a run with this configuration cannot be made on this machine, or None.
     """
 
     title: str
@@ -33,6 +38,8 @@ class Study:
     variants: tuple[Variant, ...]
     page: Callable[[StudyData], StudyPage]
     stops: Literal["never", "optional", "always"] = "never"
+    until: str = "identifiers"
+    obstacle: Callable[[Config], str | None] = lambda _: None
 
 
 CSJ_ID = Variant("csj_id", "CSJ-ID", ("method=csj_id",))
@@ -47,7 +54,52 @@ def _tokenizers(method: str) -> tuple[Variant, ...]:
     )
 
 
+NO_TOKEN = "generator.distill_weight=0"
+CONCAT = ("method=prorec", "fusion.mode=concat_pca")
+JOINT = ("method=prorec", "fusion.mode=joint")
+ENCODERS = {"llama2-7b": "Llama2-7b", "sentence-t5": "Sentence-T5", "bert": "BERT", "minilm": "MiniLM"}
+
 STUDIES = {
+    "performance": Study(
+        "PRORec against references (Table 3)", "prorec", (Variant("prorec", "PRORec", ("method=prorec",)),), performance
+    ),
+    "similarity": Study(
+        "PRORec: similarity of the modalities (Table 4)",
+        "prorec",
+        (Variant("concat", "Concat", CONCAT), Variant("ours", "PRORec", JOINT)),
+        similarity,
+        "always",
+        "fusion",
+    ),
+    "modalities": Study(
+        "PRORec with one modality, or both concatenated (Table 5)",
+        "prorec",
+        (
+            Variant("semantic", "Semantic only", ("method=prorec", "fusion.mode=semantic", NO_TOKEN)),
+            Variant("collaborative", "Collaborative only", ("method=prorec", "fusion.mode=collaborative", NO_TOKEN)),
+            Variant("concat", "Concat", (*CONCAT, NO_TOKEN)),
+            Variant("ours", "PRORec", JOINT),
+        ),
+        modalities,
+    ),
+    "tasks": Study(
+        "PRORec without its tasks (Table 6)",
+        "prorec",
+        (
+            Variant("neither", "Neither task", (*CONCAT, NO_TOKEN)),
+            Variant("alignment", "Alignment", (*JOINT, NO_TOKEN)),
+            Variant("both", "Alignment and distillation", JOINT),
+            Variant("distillation", "Distillation alone", CONCAT),
+        ),
+        tasks,
+    ),
+    "encoders": Study(
+        "PRORec with other text encoders (Figure 7)",
+        "prorec",
+        tuple(Variant(name, label, ("method=prorec", f"semantic.model={name}")) for name, label in ENCODERS.items()),
+        encoders,
+        obstacle=lambda config: missing_weights(config.semantic),
+    ),
     "csj-main": Study("CSJ-ID against semantic-only codes (4.2)", "csj_id", (CSJ_ID, SEMANTIC_ONLY), csj_main),
     "csj-lambda": Study(
         "CSJ-ID: what λ trades (4.3.1)",
@@ -90,3 +142,23 @@ def find_study(name: str) -> Study:
         expected=f"one of {', '.join(STUDIES)}",
         fix=f"nearest: {', '.join(near)}" if near else "see docs/studies.md",
     )
+
+
+PAPERS: dict[str, dict[str, str]] = {
+    "prorec": {
+        "Table 3": "performance",
+        "Table 4": "similarity",
+        "Table 5": "modalities",
+        "Table 6": "tasks",
+        "Figure 7": "encoders",
+        "Figure 8": "tokenizers",
+        "Figure 9": "clusters",
+    },
+    "csj_id": {
+        "Section 4.2": "csj-main",
+        "Section 4.3.1": "csj-lambda",
+        "Section 4.3.2": "csj-unique",
+        "Section 4.4": "csj-tsne",
+    },
+}
+"""Study of each table and figure, by paper. CSJ-ID numbers neither."""

@@ -84,14 +84,19 @@ class Grid:
         if not isinstance(value, Pooled):
             return show(value)
         low, high = map(show, value.spread) if value.spread else ("", "")
-        return Cell(show(value.mean), f"{low}–{high}" if low != high else "")
+        bounds = f"{low}–{high}" if low != high else ""
+        if value.deviation is None:
+            return Cell(show(value.mean), bounds)
+        return Cell(f"{show(value.mean)} ± {show(value.deviation)}", bounds)
 
     def csv(self) -> str:
-        """Every number in full, with the pooled bounds beside it."""
+        """Every number in full, with the pooled bounds and the deviation over the seeds beside it."""
         bounded = [c.key for c in self.columns if any(_spread(row.values.get(c.key)) for row in self.rows)]
+        seeded = [c.key for c in self.columns if any(_deviation(row.values.get(c.key)) for row in self.rows)]
         head = [self.corner or "row", "source"]
         for column in self.columns:
             head += [column.key, *([f"{column.key} low", f"{column.key} high"] if column.key in bounded else [])]
+            head += [f"{column.key} deviation"] if column.key in seeded else []
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(head)
@@ -102,6 +107,8 @@ class Grid:
                 line.append(value.mean if isinstance(value, Pooled) else value)
                 if column.key in bounded:
                     line += _spread(value) or [None, None]
+                if column.key in seeded:
+                    line.append(_deviation(value))
             writer.writerow(["" if cell is None else cell for cell in line])
         return buffer.getvalue()
 
@@ -143,6 +150,10 @@ def _spread(value: Pooled | float | None) -> list[float] | None:
     return list(value.spread) if isinstance(value, Pooled) and value.spread else None
 
 
+def _deviation(value: Pooled | float | None) -> float | None:
+    return value.deviation if isinstance(value, Pooled) else None
+
+
 def _seed_cell(row: Row, column: Column, seed: int) -> Cell | str:
     value, show = row.values.get(column.key), row.show or column.show
     if not isinstance(value, Pooled) or seed not in value.values:
@@ -156,9 +167,10 @@ def bounds_note(data: StudyData, intervals: bool = True) -> str:
     seeds = len(data.seeds)
     if seeds == 1:
         return "Below a number: 95% bootstrap interval over users." if intervals else ""
+    mean = f"Mean ± standard deviation of {seeds} seeds"
     if intervals:
-        return f"Mean of {seeds} seeds; below it the lowest lower and highest upper bound of their 95% intervals."
-    return f"Mean of {seeds} seeds; below it the range of the seeds."
+        return f"{mean}; below it the lowest lower and highest upper bound of their 95% intervals."
+    return f"{mean}; below it the range of the seeds."
 
 
 def result_rows(data: StudyData, metrics: list[str]) -> list[Row]:

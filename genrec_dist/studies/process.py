@@ -92,6 +92,7 @@ def _similarity(data: RunData) -> list[Block]:
         "ours": "this run, integrated",
         "concat": "this run, naive concatenation",
         "concat_pca": "this run, integrated (naive)",
+        "collaborative": "this run, collaborative alone",
     }
     rows = [(labels.get(k, k), v["semantic"], v["collaborative"]) for k, v in found.items() if isinstance(v, dict)]
     printed = paper.MODALITY_SIMILARITY

@@ -1,4 +1,4 @@
-"""Pages of the PRORec paper's Figures 8 (tokenizers) and 9 (number of clusters).
+"""Pages of the PRORec paper's Figures 7 (text encoders), 8 (tokenizers) and 9 (number of clusters).
 
 The paper prints these as bars and lines without numbers, so only its text is judged; no value is read off a figure.
 """
@@ -18,14 +18,49 @@ from genrec_dist.studies.grid import (
     result_rows,
 )
 from genrec_dist.studies.ordering import Claim, Verdict, judge
-from genrec_dist.studies.results import HEADLINE, metric_label
-from genrec_dist.studies.study_data import StudyData
+from genrec_dist.studies.prorec_tables import known_metrics
+from genrec_dist.studies.results import metric_label
+from genrec_dist.studies.study_data import StudyData, dig
 from genrec_dist.studies.study_page import StudyPage
 from genrec_dist.studies.study_plots import Line, pooled_line, sweep
 
 NAMED = ("recall@20", "ndcg@20")
 """Metrics that the text names."""
 OTHERS = ("rqvae", "random")
+
+
+def encoders(data: StudyData) -> StudyPage:
+    """PRORec, Figure 7: those encoders whose weights, or finished embeddings, are here."""
+    claims = [
+        Claim(name, "llama2-7b", other)
+        for name in known_metrics(data, NAMED)
+        for other in ("sentence-t5", "bert")
+        if other in data.labels
+    ]
+    verdict = judge("Llama2-7b above Sentence-T5 and BERT", claims, data.metric, data.labels, metric_label=metric_label)
+    metrics = known_metrics(data) or [f"recall@{data.config.evaluation.cutoffs[-1]}"]
+    ours, references = result_rows(data, metrics), reference_rows(data, metrics)
+    grid = Grid(
+        "encoders",
+        "text encoder",
+        [Column(name, metric_label(name)) for name in metrics],
+        [*ours, *references, _printed("Llama2-7b, paper")],
+        f"{bounds_note(data)} The paper: Table 3, Beauty, which is Llama2-7b; Figure 7 prints no numbers.",
+    )
+    grid.columns.append(Column("width", "width of the vectors", lambda value: f"{value:,.0f}"))
+    for variant in data.variants:
+        for row in ours:
+            if row.label == variant.label:
+                row.values["width"] = data.pool(
+                    variant.name, lambda run: dig(run.json("semantic", "report.json"), "dim")
+                )
+    blocks: list[Block] = [grid.table()]
+    if ours:
+        shown = known_metrics(data, NAMED) or metrics[:2]
+        oracle = data.any_run.oracle if data.any_run else {}
+        blocks.insert(0, Figure(plots.headline(entries(grid.rows), shown, oracle)))
+    blocks += [Text(f"Not run here: {data.labels[name]}. {reason}") for name, reason in data.absent.items()]
+    return StudyPage(verdict, [grid], [Section("encoders", "Text encoders", blocks), *grid.seed_sections()])
 
 
 def tokenizers(data: StudyData) -> StudyPage:
@@ -43,14 +78,10 @@ def csj_tokenizers(data: StudyData) -> StudyPage:
 
 
 def _judge_tokenizers(data: StudyData, whose: str) -> Verdict:
-    names = _known(data, NAMED)
+    names = known_metrics(data, NAMED)
     claims = [Claim(name, "hierarchical_kmeans", other) for name in names for other in OTHERS if other in data.labels]
     said = f"hierarchical k-means above RQ-VAE and random codes in {', '.join(map(metric_label, names))}"
     return judge(said, claims, data.metric, data.labels, whose=whose, metric_label=metric_label)
-
-
-def _known(data: StudyData, names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if int(name.split("@")[1]) in data.config.evaluation.cutoffs]
 
 
 def _printed(label: str) -> Row:
@@ -73,7 +104,7 @@ def _codes(data: StudyData, grid: Grid) -> None:
 
 
 def _tokenizer_page(data: StudyData, verdict: Verdict, printed: list[Row], note: str) -> StudyPage:
-    metrics = _known(data, HEADLINE) or [f"recall@{data.config.evaluation.cutoffs[-1]}"]
+    metrics = known_metrics(data) or [f"recall@{data.config.evaluation.cutoffs[-1]}"]
     ours, references = result_rows(data, metrics), reference_rows(data, metrics)
     grid = Grid(
         "tokenizers", "tokenizer", [Column(n, metric_label(n)) for n in metrics], [*ours, *references, *printed]
@@ -85,7 +116,7 @@ def _tokenizer_page(data: StudyData, verdict: Verdict, printed: list[Row], note:
     )
     blocks: list[Block] = [grid.table()]
     if ours:
-        shown = _known(data, NAMED) or metrics[:2]
+        shown = known_metrics(data, NAMED) or metrics[:2]
         oracle = data.any_run.oracle if data.any_run else {}
         blocks.insert(0, Figure(plots.headline(entries(grid.rows), shown, oracle)))
     return StudyPage(verdict, [grid], [Section("tokenizers", "Tokenizers", blocks), *grid.seed_sections()])
@@ -93,12 +124,12 @@ def _tokenizer_page(data: StudyData, verdict: Verdict, printed: list[Row], note:
 
 def clusters(data: StudyData) -> StudyPage:
     """PRORec, Figure 9."""
-    names = _known(data, NAMED)
+    names = known_metrics(data, NAMED)
     claims = [Claim(name, "k256", "k128") for name in names]
     claims += [Claim("ndcg@20", "k512", "k256"), Claim("recall@20", "k256", "k512")] if names else []
     said = "256 clusters above 128; 512 above 256 in NDCG@20 and below it in Recall@20"
     verdict = judge(said, claims, data.metric, data.labels, metric_label=metric_label)
-    metrics = _known(data, HEADLINE) or [f"recall@{data.config.evaluation.cutoffs[-1]}"]
+    metrics = known_metrics(data) or [f"recall@{data.config.evaluation.cutoffs[-1]}"]
     ours, references = result_rows(data, metrics), reference_rows(data, metrics)
     rows = [*ours, *references, _printed("K = 256, paper")]
     grid = Grid("clusters", "clusters", [Column(name, metric_label(name)) for name in metrics], rows)

@@ -1,7 +1,7 @@
 """Sizes before anything runs: parameters by group, FLOPs, memory and batch arithmetic, by formula from the settings.
 
-Pure arithmetic; imports no torch. The formulas follow generator/model.py, collaborative/fusion.py and
-baselines/sasrec.py, and the tests count the same on the real modules.
+Pure arithmetic; imports no torch. The formulas follow generator/model.py, collaborative/fusion.py,
+baselines/sasrec.py and baselines/hstu.py, and the tests count the same on the real modules.
 
 Conventions: a multiply-add is 2 FLOPs; only matrix products count; training is 3 x forward (backward twice the
 forward); histories are taken as padded to `max_history`, so FLOPs and activations are upper bounds of a step.
@@ -18,6 +18,7 @@ from genrec_dist.config import (
     FusionConfig,
     GeneratorConfig,
     GptConfig,
+    HstuConfig,
     IdentifierConfig,
     LightgcnConfig,
     OptimConfig,
@@ -190,8 +191,8 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
     inputs = config.max_history * dim + (depth + 2) * dim + dim + 2 * dim
     inputs += 0 if from_items and child else depth * codebook.num_codes * dim
     inputs += linear(width, dim) * (from_items + child)
+    inputs += linear(config.time_bumps, dim) if config.time_bumps else 0
     parameters = {
-        "node embeddings": codebook.num_nodes * width if child else 0,
         "inputs": inputs,
         "encoder": config.num_encoder_layers * encoder_layer_parameters(dim, multiplier) + 2 * dim,
         "decoder": config.num_decoder_layers * decoder_layer_parameters(dim, multiplier) + 2 * dim,
@@ -199,6 +200,9 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
         "distillation": dim + linear(dim, width) if distill else 0,
     }
     constants = {"integrated embeddings": num_items * width}
+    if child:
+        group = parameters if config.train_node_embeddings else constants
+        group["node embeddings"] = codebook.num_nodes * width
     if from_items:
         group = parameters if config.train_item_embeddings else constants
         group["item embeddings"] = num_items * width
@@ -278,6 +282,8 @@ def fusion_size(config: FusionConfig, num_items: int, semantic_dim: int, mean_ta
         "adaption layer": linear(semantic_dim, dim) + linear(dim, 2 * dim),
         "backbone": din if is_din else _sasrec_backbone(dim, history, config.num_layers) + 2 * dim * config.input_norm,
     }
+    if config.time_bumps:
+        parameters["times"] = linear(config.time_bumps, dim)
     adaption = 2.0 * distinct * (semantic_dim * dim + 2 * dim**2) / batch  # the table is made once a batch
     alignment = 2.0 * min(batch, num_items) * dim
     if is_din:
@@ -311,6 +317,23 @@ def sasrec_size(config: SasrecConfig, num_items: int, mean_targets: float = 1.0)
     }
     flops = config.num_layers * encoder_layer_flops(dim, 4, history) + 2.0 * dim * num_items * mean_targets
     values = config.num_layers * _layer_values(dim, 4, config.num_heads, history, history)
+    return ModelSize(parameters, {}, flops, values + 3.0 * num_items * mean_targets)
+
+
+def hstu_size(config: HstuConfig, num_items: int, mean_targets: float = 1.0) -> ModelSize:
+    """HSTU with full cross-entropy at every place of a row; arguments as of `sasrec_size`.
+
+    A layer has five D x D products a place, and scores and weighted sum over all places.
+    """
+    dim, places, layers = config.dim, config.max_history, config.num_layers
+    parameters = {
+        "item embeddings": num_items * dim,
+        "inputs": places * dim + layers * (config.position_buckets + config.time_buckets + 1),
+        "layers": layers * (4 * dim**2 + linear(dim, dim)) + 2 * dim * (config.similarity == "inner"),
+    }
+    flops = layers * (2.0 * places * 5 * dim**2 + 4.0 * places**2 * dim) + 2.0 * dim * num_items * mean_targets
+    # A place keeps input, norm, projection before and after SiLU, values read, their norm, gated ones, a mask: 14 D.
+    values = layers * (14.0 * places * dim + (3.0 * config.num_heads + 1) * places**2)
     return ModelSize(parameters, {}, flops, values + 3.0 * num_items * mean_targets)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from genrec_dist.config import Config
@@ -49,9 +50,16 @@ class Pooled:
             return min(low for low, _ in self.intervals.values()), max(high for _, high in self.intervals.values())
         return (min(self.values.values()), max(self.values.values())) if len(self.values) > 1 else None
 
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds (of a sample: divided by their number less one); None with one seed."""
+        return stdev(self.values.values()) if len(self.values) > 1 else None
+
     def as_dict(self) -> dict:
         """JSON-ready."""
         found: dict[str, Any] = {"mean": self.mean, "seeds": {str(seed): v for seed, v in self.values.items()}}
+        if self.deviation is not None:
+            found["deviation"] = self.deviation
         if self.intervals:
             found["intervals"] = {str(seed): list(bounds) for seed, bounds in self.intervals.items()}
         return found
@@ -69,7 +77,8 @@ class StudyData:
         seeds: asked for.
         runs: by (variant name, seed), those that exist.
         folder: where the study is written, and the maps are kept.
-        identifiers_only: the runs end with the identifiers, by the study or by the user's wish.
+        identifiers_only: the runs end before a generator, by the study or by the user's wish.
+        absent: why a variant cannot be run on this machine, by name.
     """
 
     name: str
@@ -80,6 +89,7 @@ class StudyData:
     runs: dict[tuple[str, int], RunData]
     folder: Path
     identifiers_only: bool = False
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -111,6 +121,10 @@ class StudyData:
                 return pooled
         return None
 
+    def without_mix(self, variant: str, name: str) -> Pooled | None:
+        """A test metric of the beam alone, where the run mixes the distillation token's dense score in."""
+        return self.pool(variant, lambda run: dig(run.main, "without_mix", name))
+
     def _scored(self, variant: str, name: str, evaluation: Callable[[RunData], dict | None]) -> Pooled | None:
         pooled = self.pool(variant, lambda run: dig(evaluation(run), "test", name))
         if pooled is None:
@@ -127,6 +141,22 @@ class StudyData:
     @property
     def any_run(self) -> RunData | None:
         return next(iter(self.runs.values()), None)
+
+    @property
+    def missing(self) -> list[str]:
+        """Runs that are asked for and have no result, as a reader wants them."""
+        lacking = []
+        for variant in self.variants:
+            found = self.of(variant.name)
+            if variant.name in self.absent and not found:
+                lacking.append(f"{variant.label} ({self.absent[variant.name]})")
+                continue
+            for seed in self.seeds:
+                if seed not in found:
+                    lacking.append(f"{variant.label}, seed {seed}")
+                elif found[seed].main is None and not self.identifiers_only:
+                    lacking.append(f"{variant.label}, seed {seed} (started, no result)")
+        return lacking
 
     @property
     def order(self) -> str:

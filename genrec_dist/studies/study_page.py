@@ -49,12 +49,6 @@ def write_study(data: StudyData, page: StudyPage, source: str) -> Path:
         Path of study.html.
     """
     runs = data.run_facts()
-    missing = [
-        f"{variant.label}, seed {seed}"
-        for variant in data.variants
-        for seed in data.seeds
-        if (variant.name, seed) not in data.runs
-    ]
     record = {
         "study": data.name,
         "title": data.title,
@@ -68,7 +62,7 @@ def write_study(data: StudyData, page: StudyPage, source: str) -> Path:
         **page.facts,
         "variants": {v.name: {"label": v.label, "overrides": list(v.overrides)} for v in data.variants},
         "runs": runs,
-        "missing": missing,
+        "missing": data.missing,
         "genrec_dist": __version__,
     }
     write_json(data.folder / "study.json", record)
@@ -81,8 +75,8 @@ def write_study(data: StudyData, page: StudyPage, source: str) -> Path:
         protocol=_protocol(data, runs),
         tiles=[],
         verdict=page.verdict,
-        missing=missing,
-        sections=[*page.sections, _runs_section(data, runs)],
+        missing=data.missing,
+        sections=[*page.sections, runs_section(data)],
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
     path = data.folder / "study.html"
@@ -109,7 +103,15 @@ def _commit(run: dict) -> str:
     return run["commit"][:10] + (" with changes" if run["dirty"] else "")
 
 
-def _runs_section(data: StudyData, runs: list[dict]) -> Section:
+def runs_section(data: StudyData) -> Section:
+    """Every run, and what makes each variant."""
+    overrides = [[v.label, ", ".join(v.overrides)] for v in data.variants]
+    settings = Table(["variant", "differs from the configuration by"], overrides, text_columns={0, 1})
+    blocks: list[Block] = [runs_table(data), settings, Text(POOLING, note=True)]
+    return Section("runs", "Runs", blocks)
+
+
+def runs_table(data: StudyData) -> Table:
     """Every run with its commit, hardware and time."""
     rows = [
         [
@@ -121,16 +123,12 @@ def _runs_section(data: StudyData, runs: list[dict]) -> Section:
             (run["started"] or NONE).replace("T", " ").removesuffix("Z"),
             seconds(run["build_seconds"]),
         ]
-        for run in runs
+        for run in data.run_facts()
     ]
     caption = (
         "Commit and hardware are those of the last command in each run. Build time: stages that the run itself built; "
         "artifacts that variants share are built once. Each run has a report of its own (report.html in its folder)."
     )
-    table = Table(
+    return Table(
         ["variant", "seed", "run", "commit", "hardware", "started, UTC", "build time"], rows, caption, {0, 2, 3, 4, 5}
     )
-    overrides = [[v.label, ", ".join(v.overrides)] for v in data.variants]
-    settings = Table(["variant", "differs from the configuration by"], overrides, text_columns={0, 1})
-    blocks: list[Block] = [table, settings, Text(POOLING, note=True)]
-    return Section("runs", "Runs", blocks)

@@ -45,6 +45,9 @@ class FaultyTask:
         if nan_at is not None:
             self.model.register_forward_hook(self._poison)
 
+    def __getattr__(self, name: str):
+        return getattr(self.task, name)  # what else the loop may ask: tokens, flops
+
     def batch(self, indices, worker: Worker) -> dict:
         if self.step == self.crash_at:
             raise InjectedFault(f"step {self.step}")

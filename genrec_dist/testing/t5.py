@@ -97,7 +97,11 @@ class T5Codes(nn.Module):
 
     # CodeGenerator
 
-    def begin(self, history: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Any, list[KeyValue]]:
+    reads_times = False
+
+    def begin(
+        self, history: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any, list[KeyValue]]:
         tokens, kept = self.source(history, mask)
         encoded = self.t5.encoder(input_ids=tokens, attention_mask=kept).last_hidden_state
         keys = []

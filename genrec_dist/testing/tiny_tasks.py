@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from genrec_dist.baselines.hstu_stage import HstuTask
 from genrec_dist.baselines.sasrec import SasrecTask
-from genrec_dist.config import DeepspeedConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.config import DeepspeedConfig, HstuConfig, RuntimeConfig, SasrecConfig
 from genrec_dist.generator.stage import GeneratorTask
 from genrec_dist.testing.tiny import tiny_generator, tiny_optim, tiny_sequences, tiny_trie
 from genrec_dist.training.deepspeed_engine import DeepSpeedEngine
@@ -23,6 +24,14 @@ def sasrec_task(worker: Worker, dropout: float = 0.0, **optim) -> SasrecTask:
         dim=8, num_heads=2, dropout=dropout, max_history=4, temperature=0.3, optim=tiny_optim(**optim)
     )
     return SasrecTask(section, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, seed=0, users=0)
+
+
+def hstu_task(worker: Worker, dropout: float = 0.0, **optim) -> HstuTask:
+    """HSTU over 12 users."""
+    section = HstuConfig(
+        dim=8, num_heads=2, dropout=dropout, max_history=4, temperature=0.3, time_buckets=8, optim=tiny_optim(**optim)
+    )
+    return HstuTask(section, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, seed=0, users=0)
 
 
 def generator_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTask:

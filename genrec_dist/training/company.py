@@ -38,6 +38,7 @@ FUNCTIONS = {
     "train_generator": "genrec_dist.generator.stage",
     "train_gpt": "genrec_dist.generator.gpt_stage",
     "train_sasrec": "genrec_dist.baselines.sasrec",
+    "train_hstu": "genrec_dist.baselines.hstu_stage",
     "rank_together": "genrec_dist.evaluation.stage",
 }
 MEET_SECONDS = 900.0

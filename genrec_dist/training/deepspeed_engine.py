@@ -140,6 +140,18 @@ class DeepSpeedEngine(StepByParts):
 
         return _whole(deepspeed.zero.GatheredParameters(list(self.model.parameters())), self.model, self.flat)
 
+    def weights(self) -> list[torch.Tensor]:
+        if self.zero_stage:
+            return [shard.data for shard in self._shards()]
+        return [p.data for _, p in named_trained(self.model)]
+
+    def weights_changed(self) -> None:
+        """See `Engine`: parameters are gathered from the optimiser's shards, as at the end of a step."""
+        if self.zero_stage == 3:
+            self._spread()
+        elif self.zero_stage:
+            self.optimizer.update_lp_params()
+
     def best(self) -> State:
         return self.flat.split(self._best())
 

@@ -51,6 +51,12 @@ class Engine(Protocol):
 
     def load(self, state: State) -> None: ...
 
+    def weights(self) -> list[torch.Tensor]:
+        """What this worker holds of the trained parameters: tensors that steps change in place."""
+
+    def weights_changed(self) -> None:
+        """Called when `weights` were written to: brings the model's parameters up to date. On all workers together."""
+
 
 class StepByParts(ABC):
     """`advance` out of forward, backward and step, for engines whose host looks at each loss."""
@@ -195,6 +201,12 @@ class TorchEngine(StepByParts):
 
     def best(self) -> State:
         return model_state(self.model)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p.data for p in self.parameters]
+
+    def weights_changed(self) -> None:
+        """See `Engine`: the weights are the parameters."""
 
     def state(self) -> State:
         return torch_state(self.model, self.optimizer) | (self.scale.state() if self.scale else {})

@@ -74,6 +74,7 @@ class FlatLayer:
             flat = join_pieces(pieces, dict(zip((p.name for p in pieces), values[kind])))
             layer.register_parameter(kind, nn.Parameter(flat[None] if kind == "matrices" else flat))
         self.modules = list(layer.children())
+        self.is_shown = False
         vars(layer).update(layer._modules)
         layer._modules.clear()
         layer.train = self.train  # type: ignore[method-assign]
@@ -92,7 +93,7 @@ class FlatLayer:
             with hooks:
                 return self._carry(*args)
         finally:
-            self.hide()
+            (self.show if self.is_shown else self.hide)()
             weights.let_go()
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -107,11 +108,13 @@ class FlatLayer:
 
     def show(self) -> None:
         """Weights in place for use without gradients, for as long as the parameters are."""
+        self.is_shown = True
         rows = [self.parameter("matrices").detach()[0], self.parameter("vectors").detach()]
         self._place(rows, rows)
 
     def hide(self) -> None:
         """Let go of the weights."""
+        self.is_shown = False
         for pieces in self.groups.values():
             for piece in pieces:
                 vars(piece.module)[piece.attribute] = None

@@ -134,6 +134,9 @@ class GraphEngine(TorchEngine):
     def _give_up(self, error: RuntimeError) -> None:
         self.capturing = False
         torch.cuda.synchronize(self.worker.device)
+        # The generator still takes itself to be in the capture, and would refuse to draw: it gets a state of its own.
+        fresh = torch.Generator(self.worker.device)
+        torch.cuda.default_generators[self.worker.device.index or 0].graphsafe_set_state(fresh.graphsafe_get_state())
         self._bind()
         self.flat.zero_()  # of the captured part nothing ran, but a backward pass may have been cut short
         warnings.warn(f"training steps are not captured as CUDA graphs: {error}", stacklevel=2)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +25,9 @@ from torch import nn
 from genrec_dist.artifacts.files import append_jsonl, write_atomic, write_json
 from genrec_dist.artifacts.tensors import save_tensors
 from genrec_dist.config import OptimConfig
-from genrec_dist.errors import DataError, TrainingError
+from genrec_dist.errors import ConfigError, DataError, TrainingError
 from genrec_dist.pipeline import StageContext
+from genrec_dist.training.averaging import WeightAverage
 from genrec_dist.training.cadence import Cadence
 from genrec_dist.training.checkpoint_folder import write_errors
 from genrec_dist.training.checkpoints import Checkpoints, State
@@ -65,6 +67,7 @@ class LoopState:
     step: int = 0
     best: float = -1.0
     best_step: int = 0
+    best_flops: float = 0.0
     waited: int = 0
     stopped: bool = False
     curve_lines: int = 0
@@ -142,7 +145,8 @@ def train(
         checkpoint_epochs: epochs between checkpoints, besides those by clock and steps.
 
     Returns:
-        Summary: steps, best step, best validation metric, seconds, whether it stopped early.
+        Summary: steps, best step, best validation metric, seconds, whether it stopped early, and, of a task that says
+        what a step costs, model FLOPs up to the best validation and in all.
 
     Raises:
         TrainingError: the loss is not finite; nothing was updated by that step.
@@ -153,7 +157,8 @@ def train(
     checkpoints = Checkpoints(context.scratch / "checkpoints", runtime.keep_checkpoints, fingerprint=context.key)
     if worker.is_main:
         _keep_settings(engine, context)
-    state, best = _restore(checkpoints, engine, context, worker)
+    average = _average_of(engine, config)
+    state, best = _restore(checkpoints, engine, context, worker, average)
     curves = _Curves(context.out / "curves.jsonl", state.curve_lines, worker.is_main)
     losses = LossMeter(worker)
     losses.start(state.step, state.losses)
@@ -186,6 +191,8 @@ def train(
                 if after_step is not None:
                     after_step(state.step)
                 state.step += 1
+                if average is not None:
+                    average.update(state.step)
                 watchdog.step_done(state.step)
                 meter.stepped(indices)
                 epoch_end = state.step % per_epoch == 0
@@ -203,12 +210,24 @@ def train(
                 if validates or state.step == total:
                     watchdog.beat("validation")
                     with meter.validating():
-                        best = _validate(task, engine, config, watchdog.worker, state, best, curves, per_epoch, monitor)
+                        best = _validate(
+                            task,
+                            engine,
+                            config,
+                            watchdog.worker,
+                            state,
+                            best,
+                            curves,
+                            per_epoch,
+                            monitor,
+                            meter.spent(),
+                            average,
+                        )
                 due, stopping = _decide(worker, cadence, state.step, stop)
                 if due or stopping or (epoch_end and state.step // per_epoch % checkpoint_epochs == 0):
                     watchdog.beat("checkpoint")
                     with meter.saving():
-                        _save(checkpoints, engine, worker, state, best, curves, losses, meter)
+                        _save(checkpoints, engine, worker, state, best, curves, losses, meter, average)
                     cadence.saved(state.step)
             except NonFinite as error:
                 raise _blame(error, task, per_epoch, context, worker) from None
@@ -230,8 +249,27 @@ def train(
         "best_step": state.best_step,
         f"best_valid_{monitor}": state.best,
         "stopped_early": state.stopped,
+        **({"best_flops": state.best_flops, **meter.spent()} if meter.flops else {}),
         **meter.summary(),
     }
+
+
+def _average_of(engine: Engine | ShardedEngine, config: OptimConfig) -> WeightAverage | None:
+    """The average of the weights, where the configuration wants one.
+
+    Raises:
+        ConfigError: tables are sharded by owner, which have none.
+    """
+    if not config.ema_decay:
+        return None
+    if isinstance(engine, ShardedEngine):
+        raise ConfigError(
+            "weights that are sharded by owner are not averaged",
+            where="optim.ema_decay",
+            got=config.ema_decay,
+            expected="0 with runtime.shard_tables",
+        )
+    return WeightAverage(engine, config.ema_decay)
 
 
 def _decide(worker: Worker, cadence: Cadence, step: int, stop: StopRequest) -> tuple[bool, bool]:
@@ -283,7 +321,11 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _restore(
-    checkpoints: Checkpoints, engine: Engine | ShardedEngine, context: StageContext, worker: Worker
+    checkpoints: Checkpoints,
+    engine: Engine | ShardedEngine,
+    context: StageContext,
+    worker: Worker,
+    average: WeightAverage | None,
 ) -> tuple[LoopState, State | None]:
     best: State | None
     if isinstance(engine, ShardedEngine):
@@ -300,7 +342,7 @@ def _restore(
         if found is None:
             return LoopState(), None
         loop, tensors, best = found
-        engine.load(tensors)
+        (engine if average is None else average).load(tensors)
     if worker.is_main:
         context.event("training_resumed", step=loop["step"])
     return LoopState(**loop), best
@@ -320,11 +362,14 @@ def _save(
     curves: _Curves,
     losses: LossMeter,
     meter: Meter,
+    average: WeightAverage | None,
 ) -> None:
     losses.refuse()
     state.curve_lines, state.losses, state.meter = curves.lines, losses.state(), meter.state()
     checkpoints.wait()  # one copy of the state at a time
     full = engine.state()
+    if average is not None:
+        full |= average.state()
     _refuse_poison(full, state.step)
     if isinstance(engine, ShardedEngine):
         checkpoints.save_sharded(state.step, asdict(state), full, best, state.best_step, worker)
@@ -358,21 +403,26 @@ def _validate(
     curves: _Curves,
     per_epoch: int,
     monitor: str,
+    spent: dict[str, float],
+    average: WeightAverage | None,
 ) -> State | None:
+    """Validate the weights, or their average; the best so far, whichever it was of."""
     engine.model.eval()
-    with engine.whole():
-        metrics = task.validate(worker)
-    if monitor not in metrics:
-        raise DataError(
-            "no user has a validation item",
-            where="validation",
-            expected="at least one user with three interactions",
-            fix="loosen the k-core filter or check the source",
-        )
-    curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **metrics)
-    if metrics[monitor] > state.best or best is None:
-        state.best, state.best_step, state.waited = metrics[monitor], state.step, 0
-        return engine.best()
+    with average.applied() if average is not None else nullcontext():
+        with engine.whole():
+            metrics = task.validate(worker)
+        if monitor not in metrics:
+            raise DataError(
+                "no user has a validation item",
+                where="validation",
+                expected="at least one user with three interactions",
+                fix="loosen the k-core filter or check the source",
+            )
+        curves.add(split="valid", step=state.step, epoch=round(state.step / per_epoch, 4), **spent, **metrics)
+        if metrics[monitor] > state.best or best is None:
+            state.best, state.best_step, state.waited = metrics[monitor], state.step, 0
+            state.best_flops = spent.get("flops", 0.0)
+            return engine.best()
     state.waited += 1
     state.stopped = state.waited >= config.patience
     return best

@@ -122,9 +122,14 @@ class Meter:
         }
         if self.tokens:
             found["tokens_per_second"] = round(since["tokens"] / training, 1)
+        found |= self.spent()
         if self.flops:
             found["mfu"] = round(since["flops"] / training / (self.peak * self.worker.world_size), 4)
         return found
+
+    def spent(self) -> dict[str, float]:
+        """Model FLOPs of all steps so far, over all workers; empty where the task does not say."""
+        return {"flops": self.sums.flops} if self.flops else {}
 
     def goodput(self) -> float:
         """Share of the time since the first start that was spent in steps that count."""

@@ -27,11 +27,11 @@ RESIDENT_SHARE = 16
 """A GPU gathers by itself when the sequences take at most 1 / RESIDENT_SHARE of its memory."""
 
 
-def fits_device(sequences: Sequences, device: torch.device) -> bool:
+def fits_device(sequences: Sequences, device: torch.device, times: bool = False) -> bool:
     """True where the device should hold the sequences and gather batches by itself; never on a CPU."""
     if device.type != "cuda":
         return False
-    needed = 4 * len(sequences.items) + 3 * 8 * len(sequences.indptr)
+    needed = (12 if times else 4) * len(sequences.items) + 3 * 8 * len(sequences.indptr)
     return needed <= torch.cuda.get_device_properties(device).total_memory // RESIDENT_SHARE
 
 
@@ -49,11 +49,15 @@ class Gatherer(Generic[S]):
         spans: places of each sample.
         device: where batches are wanted.
         resident: gather on the device from a copy of the item array.
+        times: of the items, (num_interactions,) int64; None: batches hold none.
     """
 
-    def __init__(self, items: np.ndarray, spans: S, device: torch.device, resident: bool) -> None:
+    def __init__(
+        self, items: np.ndarray, spans: S, device: torch.device, resident: bool, times: np.ndarray | None = None
+    ) -> None:
         self.items, self.spans, self.device, self.resident = items, spans, device, resident
         self._items = shared_tensor(items, device) if resident else None
+        self._times: Any = shared_tensor(times, device) if resident and times is not None else times
         self._spans = spans.to(device) if resident else spans
 
     def __len__(self) -> int:
@@ -86,6 +90,13 @@ class Gatherer(Generic[S]):
             return items.long()
         return send(items, self.device).long()
 
+    def _moments(self, start: Any, width: int) -> dict[str, torch.Tensor]:
+        """Times of the places of a batch and of the one behind each, (B, width + 1) int64; padding holds anything."""
+        if self._times is None:
+            return {}
+        place = start[:, None] + _arange(width + 1, start)
+        return {"times": self._finish(self._times[place.clip(max=len(self.items) - 1)])}
+
     def _finish(self, values: Any) -> torch.Tensor:
         return values if isinstance(values, torch.Tensor) else send(values, self.device)
 
@@ -114,14 +125,15 @@ class HistorySamples(Gatherer[PrefixSpans | HoldoutSpans]):
         Shapes:
             indices: (B,) int64, on the host or on the device.
             returns: history (B, width) int64, oldest first, right-padded; mask (B, width) bool, True at items;
-                target (B,) int64.
+                target (B,) int64; where they are wanted, times (B, width + 1) int64 of the history and of the target.
         """
         items, start, stop = self._where(indices)
         width = self._width(indices, start, stop) if width is None else width
         place = start[:, None] + _arange(width, start)
         mask = place < stop[:, None]
         history = items[place.clip(max=len(items) - 1)] * mask
-        return {"history": self._widen(history), "mask": self._finish(mask), "target": self._widen(items[stop])}
+        batch = {"history": self._widen(history), "mask": self._finish(mask), "target": self._widen(items[stop])}
+        return batch | self._moments(start, width)
 
     def _width(self, indices: Indices, start: Any, stop: Any) -> int:
         if isinstance(start, np.ndarray):
@@ -148,16 +160,20 @@ class RowSamples(Gatherer[WindowSpans]):
         return self.spans.width
 
     def gather(self, indices: Indices, width: int = 0) -> dict[str, torch.Tensor]:
-        """One batch: history, targets (B, width) int64 and mask (B, width) bool, right-padded; 0: the widest."""
+        """One batch: history, targets (B, width) int64 and mask (B, width) bool, right-padded; 0: the widest.
+
+        Where they are wanted, times (B, width + 1) int64 of the history and of the last target.
+        """
         items, start, stop = self._where(indices)
-        place = start[:, None] + _arange(width or self.width, start)
+        width = width or self.width
+        place = start[:, None] + _arange(width, start)
         mask = place < stop[:, None]
         last = len(items) - 1
         return {
             "history": self._widen(items[place.clip(max=last)] * mask),
             "targets": self._widen(items[(place + 1).clip(max=last)] * mask),
             "mask": self._finish(mask),
-        }
+        } | self._moments(start, width)
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
         """Target items of some windows, one window after the other, int32, on the host."""
@@ -168,15 +184,21 @@ class RowSamples(Gatherer[WindowSpans]):
 
 
 def prefix_samples(
-    sequences: Sequences, max_history: int, device: torch.device, resident: bool | None = None
+    sequences: Sequences,
+    max_history: int,
+    device: torch.device,
+    resident: bool | None = None,
+    times: bool = False,
 ) -> HistorySamples:
     """Every prefix of every user's train part as one sample: history of at most `max_history`, next item.
 
     Args:
         resident: gather on the device; None: where it fits.
+        times: batches hold the items' times.
     """
-    resident = fits_device(sequences, device) if resident is None else resident
-    return HistorySamples(sequences.items, PrefixSpans.of(sequences, max_history), device, resident)
+    resident = fits_device(sequences, device, times) if resident is None else resident
+    stamps = sequences.timestamps if times else None
+    return HistorySamples(sequences.items, PrefixSpans.of(sequences, max_history), device, resident, stamps)
 
 
 def holdout_samples(
@@ -186,6 +208,7 @@ def holdout_samples(
     device: torch.device,
     resident: bool | None = None,
     users: np.ndarray | None = None,
+    times: bool = False,
 ) -> tuple[HistorySamples, np.ndarray]:
     """Histories before the validation or test target of each user that has one.
 
@@ -193,17 +216,26 @@ def holdout_samples(
         split: 'valid' or 'test'.
         resident: gather on the device; None: where it fits.
         users: some of those users, (n,) int64; None: all.
+        times: batches hold the items' times.
 
     Returns:
         The samples, and the user index of each.
     """
     users = np.flatnonzero(sequences.lengths >= 3) if users is None else users
     spans = HoldoutSpans(users, sequences.indptr, 2 if split == "valid" else 1, max_history)
-    resident = fits_device(sequences, device) if resident is None else resident
-    return HistorySamples(sequences.items, spans, device, resident), users
+    resident = fits_device(sequences, device, times) if resident is None else resident
+    stamps = sequences.timestamps if times else None
+    return HistorySamples(sequences.items, spans, device, resident, stamps), users
 
 
-def row_samples(sequences: Sequences, width: int, device: torch.device, resident: bool | None = None) -> RowSamples:
-    """Cut each user's train part into windows of `width` inputs; every next item is a target exactly once."""
-    resident = fits_device(sequences, device) if resident is None else resident
-    return RowSamples(sequences.items, WindowSpans.of(sequences, width), device, resident)
+def row_samples(
+    sequences: Sequences, width: int, device: torch.device, resident: bool | None = None, times: bool = False
+) -> RowSamples:
+    """Cut each user's train part into windows of `width` inputs; every next item is a target exactly once.
+
+    Args:
+        times: batches hold the items' times.
+    """
+    resident = fits_device(sequences, device, times) if resident is None else resident
+    stamps = sequences.timestamps if times else None
+    return RowSamples(sequences.items, WindowSpans.of(sequences, width), device, resident, stamps)

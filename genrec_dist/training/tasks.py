@@ -14,7 +14,7 @@ import torch
 from genrec_dist.catalog.dataset import Sequences
 from genrec_dist.training.loop import local_part
 from genrec_dist.training.order import BatchOrder
-from genrec_dist.training.samples import HistorySamples, Indices, RowSamples, prefix_samples, row_samples
+from genrec_dist.training.samples import HistorySamples, Indices, RowSamples, prefix_samples, row_samples, send
 from genrec_dist.training.spans import Lengths
 from genrec_dist.training.worker import Worker
 
@@ -51,9 +51,10 @@ class PrefixBatches:
         buckets: int,
         device: torch.device,
         depths: np.ndarray | None = None,
+        times: bool = False,
     ) -> PrefixBatches:
         """Prefix samples of the train part in the order of `seed`; buckets go by `depths` first, if there are any."""
-        samples = prefix_samples(sequences, max_history, device)
+        samples = prefix_samples(sequences, max_history, device, times=times)
         lengths = samples.lengths
         if depths is not None:
             lengths = Lengths(lambda s: depths[samples.targets(s)] * (max_history + 1) + samples.lengths[s])
@@ -92,6 +93,11 @@ class PrefixBatches:
     def target_items(self, indices: np.ndarray) -> np.ndarray:
         """Target items of a global batch."""
         return self.samples.targets(indices)
+
+    @property
+    def most_targets(self) -> int:
+        """Targets of a global batch at most."""
+        return self.order.batch_size
 
     def tokens_of(self, indices: Indices) -> int:
         """Items of the histories of a global batch."""
@@ -137,10 +143,17 @@ class RowBatches:
 
     @classmethod
     def build(
-        cls, sequences: Sequences, width: int, batch_size: int, seed: int, device: torch.device, buckets: int = 0
+        cls,
+        sequences: Sequences,
+        width: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        buckets: int = 0,
+        times: bool = False,
     ) -> RowBatches:
         """Windows of the train part in the order of `seed`; with buckets, of like length and cut to it."""
-        samples = row_samples(sequences, width, device)
+        samples = row_samples(sequences, width, device, times=times)
         return cls(samples, BatchOrder(len(samples), batch_size, seed, samples.lengths, buckets))
 
     def local(self, indices: np.ndarray, worker: Worker) -> dict:
@@ -156,6 +169,11 @@ class RowBatches:
         return self.samples.targets(indices)
 
     @property
+    def most_targets(self) -> int:
+        """Targets of a global batch at most."""
+        return self.order.batch_size * self.samples.width
+
+    @property
     def prefetch_depth(self) -> int:
         """Batches worth making ahead."""
         return self.samples.prefetch_depth
@@ -165,15 +183,33 @@ class RowBatches:
         return self.samples.tokens_of(indices)
 
 
-def alignment_batch(target_items: np.ndarray, worker: Worker) -> dict:
-    """Distinct items of the global batch, and the anchors among them that this worker takes."""
+def alignment_batch(target_items: np.ndarray, worker: Worker, padded: int = 0) -> dict:
+    """Distinct items of the global batch, and the anchors among them that this worker takes.
+
+    Args:
+        padded: places for distinct items, so that all batches have the same shapes; `align_size` of them are taken.
+            0: as many as there are.
+    """
     distinct = np.unique(target_items)
-    anchors = np.arange(worker.rank, len(distinct), worker.world_size)
-    return {
-        "align_items": torch.from_numpy(distinct.astype(np.int64)).to(worker.device),
-        "align_anchors": torch.from_numpy(anchors).to(worker.device),
-        "align_count": len(distinct) / worker.world_size,
+    size = len(distinct)
+    places = padded + 1 if padded else size  # the last place is padding, for workers without an anchor of their own
+    anchors = np.arange(worker.rank, -(-places // worker.world_size) * worker.world_size, worker.world_size)
+    items = np.zeros(places, np.int64)
+    items[:size] = distinct
+    batch = {
+        "align_items": send(items, worker.device),
+        "align_anchors": send(anchors[anchors < size] if not padded else anchors.clip(max=places - 1), worker.device),
+        "align_count": size / worker.world_size,
     }
+    return batch | ({"align_size": torch.full((), size, device=worker.device)} if padded else {})
+
+
+def steady(batch: dict, worker: Worker) -> dict:
+    """On a GPU the counts of a batch as tensors, so that one captured step serves all batches of a shape."""
+    if worker.device.type != "cuda":
+        return batch
+    numbers = {name: value for name, value in batch.items() if isinstance(value, (int, float))}
+    return batch | {name: torch.full((), float(value), device=worker.device) for name, value in numbers.items()}
 
 
 def uniform_negatives(num_items: int, count: int, seed: int, indices: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,64 @@ def test_kill_in_a_build_then_the_same_command_continues(tmp_path):
     assert [p.name for p in artifact.parent.iterdir() if p.is_dir()] == []
     started = [e for e in RunFolder(tmp_path / "runs", "toy").events() if e["event"] == "stage_started"]
     assert [event["resumed"] for event in started] == [False, True]
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from genrec_dist.artifacts.store import ArtifactStore
+from genrec_dist.config import Config, RuntimeConfig
+from genrec_dist.pipeline import Stage, execute
+from genrec_dist.runs import RunFolder
+
+root, name = Path(sys.argv[1]), sys.argv[2]
+
+def build(ctx):
+    with open(ctx.out / "builders.txt", "a") as handle:
+        handle.write(f"{name}\\n")
+    (root / f"{name}.inside").touch()
+    while not (root / f"{name}.go").exists():
+        time.sleep(0.01)
+
+run = RunFolder(root / "runs", name)
+run.create(Config(), ["toy"])
+execute([Stage("slow", 1, {}, {}, build)], ArtifactStore(root / "store"), run, RuntimeConfig())
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_second_process_waits_for_the_builder_and_takes_over_when_it_is_killed(tmp_path, killed):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def start(name: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path), name], env=env)
+
+    def events(name: str) -> list[dict]:
+        return RunFolder(tmp_path / "runs", name).events()
+
+    with start("first") as first:
+        wait_for((tmp_path / "first.inside").exists)
+        with start("second") as second:
+            wait_for(lambda: any(event["event"] == "stage_waiting" for event in events("second")))
+            assert not (tmp_path / "second.inside").exists()
+            (tmp_path / "second.go").touch()
+            if killed:
+                first.kill()
+            else:
+                (tmp_path / "first.go").touch()
+            assert second.wait(60) == 0
+        assert first.wait(60) == (-signal.SIGKILL if killed else 0)
+    (waiting,) = [event for event in events("second") if event["event"] == "stage_waiting"]
+    assert waiting["holder"].startswith(f"process {first.pid} on ")
+    (artifact,) = (tmp_path / "store" / "slow").glob("*/builders.txt")
+    assert artifact.read_text().split() == (["first", "second"] if killed else ["first"])
+    assert events("second")[-1]["event"] == ("stage_built" if killed else "stage_reused")
+    assert not list((tmp_path / "store" / "slow").glob("*.building"))
+
+
+def wait_for(found) -> None:
+    """Poll for something that other processes do; half a minute is far more than they need."""
+    end = time.monotonic() + 30
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import platform
 import threading
 
 import pytest
@@ -151,6 +154,50 @@ def test_two_builders_of_one_artifact_take_turns(tmp_path):
     for thread in threads:
         thread.join()
     assert most[0] == 1
+
+
+def test_a_reader_that_saw_damage_does_not_set_aside_what_was_rebuilt_meanwhile(tmp_path):
+    folder = build(ArtifactStore(tmp_path))
+    _flip_byte(folder)
+    late, early = ArtifactStore(tmp_path), ArtifactStore(tmp_path)
+    found = late.verify("toy", KEY)
+
+    def rebuilt_after_the_look(stage: str, key: str) -> list[str]:
+        late.verify = lambda *_: ArtifactStore(tmp_path).verify("toy", KEY)
+        with pytest.raises(ArtifactError, match="quarantine"):
+            early.open("toy", KEY)
+        build(early)
+        return found
+
+    late.verify = rebuilt_after_the_look
+    assert late.open("toy", KEY) == folder
+    assert len(list((tmp_path / "quarantine").iterdir())) == 1
+
+
+def test_the_lock_is_the_same_one_inside_itself_and_names_its_holder(tmp_path):
+    store, waited = ArtifactStore(tmp_path), []
+    with store.building("toy", KEY) as out, store.building("toy", KEY) as again:
+        assert out == again
+
+        def wait() -> None:
+            with ArtifactStore(tmp_path).building("toy", KEY, waited.append):
+                pass
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while not waited:
+            threading.Event().wait(0.01)
+    thread.join()
+    assert waited == [f"process {os.getpid()} on {platform.node()}"]
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(ArtifactError, match="no locks"):
+        build(ArtifactStore(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "", ".hidden"])

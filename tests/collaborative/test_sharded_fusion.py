@@ -153,6 +153,6 @@ def as_rows(batch: dict) -> list:
 def test_what_cannot_be_sharded_is_refused():
     from genrec_dist.collaborative.sharded_fusion import check_shardable
 
-    for settings in ({"mode": "concat_pca"}, {"backbone": "sasrec", "loss": "full_softmax"}):
+    for settings in ({"mode": "concat_pca"}, {"mode": "collaborative"}, {"backbone": "sasrec", "loss": "full_softmax"}):
         with pytest.raises(ConfigError, match="shard_tables"):
             check_shardable(FusionConfig(**settings))

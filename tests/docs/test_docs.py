@@ -16,6 +16,7 @@ import typer.main
 import yaml
 
 from genrec_dist.config import build_config, known_keys, load_config
+from genrec_dist.studies.scaling.sweep_file import load_sweep
 from launcher.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +124,10 @@ def test_shown_configurations_exist_and_take_the_shown_settings(page: Path):
     for words in genrec_calls(page.read_text(encoding="utf-8")):
         settings = [b for a, b in pairwise(words) if a == "--set" and re.match(r"[a-z_.]+=[^=]", b)]
         for file in (word for word in words if re.match(r"configs/\S+\.yaml$", word)):
-            load_config(ROOT / file, settings)
+            if words[0] == "sweep":
+                load_sweep(ROOT / file)
+            else:
+                load_config(ROOT / file, settings)
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)

@@ -12,7 +12,7 @@ from genrec_dist.baselines.popularity import popularity_scores
 from genrec_dist.catalog.dataset import Sequences
 from genrec_dist.config import EvaluationConfig, GeneratorConfig, RuntimeConfig
 from genrec_dist.evaluation import generative, ranking
-from genrec_dist.evaluation.dense import batched, dense_ranks, mask_seen, target_ranks
+from genrec_dist.evaluation.dense import batched, by_history, dense_ranks, mask_seen, target_ranks
 from genrec_dist.evaluation.generative import drop_seen, rank_in_list
 from genrec_dist.evaluation.ranking import rank_users
 from genrec_dist.evaluation.stage import summarise
@@ -75,7 +75,7 @@ def test_batches_are_shared_out_whole():
 
 def scorer(num_items: int):
     table = torch.randn(num_items, 4, generator=torch.Generator().manual_seed(0))
-    return lambda history, mask: (table[history] * mask[..., None]).sum(1) @ table.T
+    return by_history(lambda history, mask: (table[history] * mask[..., None]).sum(1) @ table.T)
 
 
 @pytest.mark.parametrize("seen_masked", [False, True])
@@ -88,7 +88,8 @@ def test_dense_ranks_against_a_full_sort(seen_masked):
     for rank, user in zip(ranks, users):
         own = sequences.items[sequences.indptr[user] : sequences.indptr[user + 1]]
         history, target = own[-5:-1], own[-1]
-        scores = score(torch.from_numpy(history.astype(np.int64))[None], torch.ones(1, len(history)))[0].numpy()
+        alone = {"history": torch.from_numpy(history.astype(np.int64))[None], "mask": torch.ones(1, len(history))}
+        scores = score(alone)[0].numpy()
         if seen_masked:
             scores[history] = -np.inf
         assert rank == np.argsort(-scores, kind="stable").tolist().index(target) + 1

@@ -46,6 +46,22 @@ def test_the_same_command_again_builds_nothing(cli) -> None:
     ]
 
 
+def test_until_ends_with_a_stage_and_a_whole_run_goes_on_from_there(cli) -> None:
+    done = cli("run", "a.yaml", "--name", "plain", "--until", "model")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("[")] == ["[1/2] catalog", "[1/2] catalog"] + [
+        "[2/2] model"
+    ] * 2
+    assert [line.split()[0] for line in lines[-2:]] == ["catalog", "model"]
+    assert not (cli.run_folder("plain") / "metrics.json").exists()
+    whole = cli("run", "a.yaml", "--name", "plain")
+    assert "[2/3] model: reused" in whole.stdout
+    unknown = cli("run", "a.yaml", "--name", "plain", "--until", "identifiers")
+    assert unknown.returncode == 2
+    assert "expected: one of catalog, model, evaluation" in unknown.stderr
+
+
 def test_noise_of_any_origin_goes_to_the_log_only(cli) -> None:
     done = cli("run", "a.yaml", "--name", "noisy")
     assert done.returncode == 0, done.stderr

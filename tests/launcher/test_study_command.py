@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
-import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from markupsafe import escape
+from tiny_study import tiny_config
 from typer.testing import CliRunner
 
 from genrec_dist.artifacts.files import read_json, read_jsonl
-from genrec_dist.catalog.synth import write_synthetic
 from genrec_dist.studies import catalogue
 from launcher.cli import app
 
-OPTIM = {"epochs": 1, "batch_size": 64, "warmup_steps": 2}
-TINY = {
-    "catalog": {"source": "synthetic", "synthetic": {"num_items": 60, "num_users": 80, "seed": 1}},
-    "fusion": {"dim": 8, "integrated": "sum", "optim": OPTIM},
-    "lightgcn": {"dim": 8, "optim": {"epochs": 1, "batch_size": 64}},
-    "identifiers": {"num_clusters": 6, "num_levels": 4, "rqvae": {"hidden": [8], "latent_dim": 4, "optim": OPTIM}},
-    "generator": {"dim": 8, "num_heads": 2, "num_decoder_layers": 1, "optim": OPTIM},
-    "evaluation": {"beam_width": 20, "exact_users": 10, "bootstrap_samples": 20},
-    "references": [],
-    "report": {"tsne_items": 0},
-    "runtime": {"backend": "local", "device": "cpu", "num_threads": 1},
-}
-ASIN = re.compile(r"'asin': '(\w+)'")
 runner = CliRunner()
 
 
@@ -40,17 +22,8 @@ runner = CliRunner()
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A scratch folder with tiny.yaml, whose text embeddings come from a file."""
     monkeypatch.chdir(tmp_path)
-    write_synthetic(tmp_path / "raw", 60, 80, 1)
-    ids = [asin for file in (tmp_path / "raw").glob("meta*") for asin in ASIN.findall(read_text(file))]
-    vectors = list(np.random.default_rng(0).normal(size=(len(ids), 8)).astype(np.float32))
-    pq.write_table(pa.table({"item_id": ids, "embedding": vectors}), tmp_path / "vectors.parquet")
-    semantic = {"engine": "precomputed", "model": str(tmp_path / "vectors.parquet")}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"semantic": semantic}))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
     return tmp_path
-
-
-def read_text(file: Path) -> str:
-    return gzip.decompress(file.read_bytes()).decode()
 
 
 def test_unknown_study_names_the_nearest() -> None:

@@ -8,12 +8,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from genrec_dist.baselines.hstu import HstuModel
 from genrec_dist.baselines.sasrec import SasrecModel
 from genrec_dist.collaborative.fusion import FusionModel
 from genrec_dist.config import (
     FusionConfig,
     GeneratorConfig,
     GptConfig,
+    HstuConfig,
     IdentifierConfig,
     OptimConfig,
     RuntimeConfig,
@@ -31,6 +33,7 @@ from genrec_dist.studies.sizes import (
     fusion_size,
     generator_size,
     gpt_size,
+    hstu_size,
     sasrec_size,
     training_memory,
 )
@@ -194,3 +197,14 @@ def test_codebooks_of_fixed_depth() -> None:
     assert (rqvae.max_depth, rqvae.num_codes) == (5, 256)
     random = expected_codebook(IdentifierConfig(tokenizer="random", num_clusters=256, num_levels=4), 12_101)
     assert random.max_depth == 4
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "inner"])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_hstu_size_is_that_of_the_model(similarity: str, num_layers: int) -> None:
+    config = HstuConfig(dim=16, num_layers=num_layers, max_history=HISTORY, similarity=similarity)
+    model = HstuModel(config, NUM_ITEMS)
+    size = hstu_size(config, NUM_ITEMS, mean_targets=HISTORY)
+    assert size.num_parameters == trainable(model)
+    batch = row_batch() | {"times": torch.zeros(BATCH, HISTORY + 1, dtype=torch.int64)}
+    assert size.forward_flops == pytest.approx(measured_flops(model, batch), rel=0.02)

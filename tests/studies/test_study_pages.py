@@ -96,7 +96,7 @@ def test_seeds_are_pooled_by_their_widest_bounds(tmp_path):
     study = main_study(tmp_path, [0.06, 0.10], [0.05, 0.062], half=0.0001)  # seed by seed they are apart
     sentence, page, record = written(study)
     assert "but the 95% intervals overlap in every one" in sentence
-    assert page.row("CSJ-ID")[3] == "0.08000.0599–0.1001"
+    assert page.row("CSJ-ID")[3] == "0.0800 ± 0.02830.0599–0.1001"
     seeds = [row for row in page.rows if row[:2] == ["CSJ-ID", "1"]]
     assert seeds[0][4] == "0.10000.0999–0.1001"
     assert record["tables"]["main"][0]["values"]["recall@10"]["intervals"]["1"] == pytest.approx([0.0999, 0.1001])
@@ -268,7 +268,7 @@ def test_behaviour_labels_are_clusters_of_directions(tmp_path):
 @pytest.mark.parametrize("name", list(STUDIES))
 def test_every_study_can_be_run_on_every_data_set(name):
     study = STUDIES[name]
-    assert len({v.name for v in study.variants}) == len(study.variants) > 1
+    assert len({v.name for v in study.variants}) == len(study.variants)
     for data_set in paper.DATA_SETS:
         file = ROOT / "configs" / f"{study.family}_{data_set}.yaml"
         for variant in study.variants:

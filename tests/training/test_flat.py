@@ -92,6 +92,9 @@ def test_weights_are_in_place_while_they_are_shown():
     with names.shown():
         assert torch.equal(flat.encoder.ffn[0].weight, plain.encoder.ffn[0].weight)
         assert torch.equal(flat.causal[0].attention.out.bias, plain.causal[0].attention.out.bias)
+        with torch.no_grad():
+            flat.causal[0](torch.ones(1, 2, DIM), None)
+        assert torch.equal(flat.causal[0].attention.out.bias, plain.causal[0].attention.out.bias)
         key, _ = flat.decoder.cross_attention.project(torch.ones(1, 2, DIM))
     assert torch.equal(key, plain.decoder.cross_attention.project(torch.ones(1, 2, DIM))[0])
     assert flat.encoder.ffn[0].weight is None

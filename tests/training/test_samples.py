@@ -35,6 +35,23 @@ def rows(batch: dict) -> list[tuple[list[int], int]]:
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=8)
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_times_go_with_the_items_and_one_behind(resident):
+    sequences = tiny_sequences(20, 30, shortest=2)
+    times = dict(enumerate(sequences.timestamps.tolist()))
+    rows = row_samples(sequences, 4, CPU, resident, times=True)
+    held, _ = holdout_samples(sequences, 4, "test", CPU, resident, times=True)
+    for samples in (rows, held):
+        every = torch.arange(len(samples))
+        batch = samples.gather(every, 4)
+        starts, stops = samples.spans.places(every.numpy())
+        assert batch["times"].shape == (len(samples), 5)
+        assert batch["times"].dtype == torch.int64
+        for found, start, stop in zip(batch["times"].tolist(), starts, stops):
+            assert found[: stop - start + 1] == [times[place] for place in range(start, stop + 1)]
+    assert "times" not in row_samples(sequences, 4, CPU, resident).gather(torch.arange(3))
+
+
 def sequences_of(lengths: list[int]) -> Sequences:
     total = sum(lengths)
     items = np.random.default_rng(total).permutation(100)[:total].astype(np.int32)

@@ -1,0 +1,252 @@
+"""Fits of planted sweeps: intervals that cover, families recognised, runs predicted, verdicts and claims in words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from made_trials import DEPTHS, LAYER, power, sweep, trial
+from scipy import stats
+
+from genrec_dist.errors import DataError
+from genrec_dist.studies.scaling.claims import CLAIMS, judge, judge_all, paired
+from genrec_dist.studies.scaling.curves import DELTA, huber
+from genrec_dist.studies.scaling.fits import aicc, bootstrap, fit_all, fit_curve, predict_held_out
+from genrec_dist.studies.scaling.points import points_of
+from genrec_dist.studies.scaling.trials import Trial
+from genrec_dist.studies.scaling.verdicts import judge_power_law
+
+LOSS, NDCG = "bits_per_item", "ndcg@20"
+
+
+def flat(value: float):
+    return lambda depth: value
+
+
+def points(trials, quantity=LOSS, size="layers"):
+    return points_of(trials, trials[0].arm, size, quantity)
+
+
+def verdict_of(trials, quantity=LOSS, size="layers"):
+    chosen = points(trials, quantity, size)
+    return judge_power_law(chosen, fit_all(chosen, 100))
+
+
+def covered(num_draws: int, quantity: str, planted, noise: float, seeds: int = 3, resamples: int = 400) -> np.ndarray:
+    """Share of draws whose 95% intervals of alpha and of the floor hold the planted values."""
+    e, a, alpha = planted
+    held = []
+    for draw in range(num_draws):
+        curves = {"bits" if quantity == LOSS else "ndcg": power(e, a, alpha)}
+        law = bootstrap(points(sweep(noise=noise, seeds=seeds, seed=draw, **curves), quantity), resamples)
+        held.append([low <= value <= high for (low, high), value in ((law.alpha_interval, alpha), (law.e_interval, e))])
+    return np.mean(held, axis=0)
+
+
+def test_planted_parameters_are_recovered():
+    law = bootstrap(points(sweep(noise=0.001)), 200)
+    assert law.alpha == pytest.approx(0.5, abs=0.03)
+    assert law.e == pytest.approx(8.0, abs=0.05)
+    assert law.a == pytest.approx(2.0 * LAYER**0.5, rel=0.35)
+    assert law.noise == pytest.approx(0.001, rel=0.4)
+    assert law.alpha_interval[0] < law.alpha < law.alpha_interval[1]
+
+
+def test_planted_parameters_of_a_metric_are_recovered():
+    law = bootstrap(points(sweep(noise=0.002), NDCG), 200)
+    assert law.alpha == pytest.approx(0.6, abs=0.05)
+    assert law.e == pytest.approx(0.06, rel=0.01)
+
+
+def test_intervals_cover_in_a_few_draws():
+    assert (covered(16, LOSS, (8.0, 2.0, 0.5), 0.004, resamples=150) >= 13 / 16).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("quantity", "planted", "noise", "seeds"),
+    [
+        (LOSS, (8.0, 2.0, 0.5), 0.004, 3),
+        (LOSS, (8.0, 2.0, 0.3), 0.004, 3),
+        (LOSS, (8.0, 2.0, 0.5), 0.004, 1),
+        (NDCG, (0.06, -0.02, 0.6), 0.01, 3),
+    ],
+)
+def test_intervals_cover_the_truth_in_200_draws(quantity, planted, noise, seeds):
+    shares = covered(200, quantity, planted, noise, seeds)
+    print(f"coverage of alpha and floor: {shares}")
+    assert (shares >= 0.90).all()
+    assert (shares <= 0.98).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bits", "fewest", "most"),
+    [
+        (power(8.0, 2.0, 0.5), 95, 100),
+        (lambda depth: 9.0, 0, 5),
+        (lambda depth: 8 + 2 * np.exp(-depth / 3), 0, 5),
+    ],
+    ids=["power law", "constant", "plateau"],
+)
+def test_verdicts_are_right_in_100_draws(bits, fewest, most):
+    supported = sum(verdict_of(sweep(bits=bits, seed=1000 + draw)).supported for draw in range(100))
+    print(f"supported in {supported} of 100")
+    assert fewest <= supported <= most
+
+
+def test_every_seed_is_a_point():
+    chosen = points(sweep())
+    assert len(chosen.x) == 3 * len(DEPTHS)
+    assert len(np.unique(chosen.y)) == len(chosen.y)
+
+
+def test_a_power_law_is_supported_and_predicts_deeper_runs():
+    fit = fit_all(points(sweep()), 300)
+    assert fit.best.curve.name == "power"
+    assert fit.prediction.fitted_to == 16
+    assert fit.prediction.held_out.depths == [24, 32]
+    assert fit.prediction.inside.sum() >= 5
+    assert abs(fit.prediction.error) < 0.01
+    verdict = judge_power_law(fit.points, fit)
+    assert verdict.supported
+    assert "α = 0.5" in verdict.sentence
+    assert any("of 6 runs of 24 and 32 layers" in said for said in verdict.trust)
+
+
+def test_prediction_uses_no_deeper_run():
+    trials = sweep()
+    spoilt = [dataclasses.replace(t, bits_per_item=1.0) if t.depth > 16 else t for t in trials]
+    one, other = predict_held_out(points(trials), 50), predict_held_out(points(spoilt), 50)
+    np.testing.assert_array_equal(one.predicted, other.predicted)
+    assert not other.inside.any()
+    assert other.error > 1
+
+
+def test_a_plateau_is_recognised():
+    fit = fit_all(points(sweep(bits=lambda depth: 8 + 2 * np.exp(-depth / 3))), 150)
+    assert fit.best.curve.name == "saturating"
+    verdict = judge_power_law(fit.points, fit)
+    assert not verdict.supported
+    assert "saturates" in verdict.sentence
+
+
+def test_a_constant_is_recognised():
+    recognised = 0
+    for seed in range(4):
+        verdict = verdict_of(sweep(bits=flat(9.0), noise=0.01, seed=seed))
+        assert not verdict.supported
+        recognised += "crosses zero" in verdict.sentence and "a constant" in verdict.sentence
+    assert recognised >= 3
+
+
+def test_a_metric_that_turns_back_is_recognised():
+    verdict = verdict_of(sweep(ndcg=lambda depth: 0.05 - 0.002 * (np.log2(depth) - 3) ** 2), NDCG)
+    assert not verdict.supported
+    assert "turns back" in verdict.sentence
+
+
+def test_a_loss_that_grows_with_size_is_no_power_law():
+    verdict = verdict_of(sweep(bits=lambda depth: 8 * depth**0.05))
+    assert not verdict.supported
+    assert "larger models do worse" in verdict.sentence
+
+
+def test_four_sizes_or_less_than_a_decade_support_nothing():
+    few = verdict_of(sweep(depths=(1, 4, 12, 32)))
+    assert not few.supported
+    assert "4 sizes, fewer than 5" in few.sentence
+    short = verdict_of(sweep(depths=(4, 8, 12, 16, 24, 32)))
+    assert not short.supported
+    assert "0.90 decades of parameters" in short.sentence
+
+
+def test_one_seed_and_no_deeper_run_are_said():
+    verdict = verdict_of(sweep(seeds=1, noise=0.001, depths=(1, 2, 4, 8, 12, 16)))
+    assert any("one seed" in said for said in verdict.trust)
+    assert any("not tested on deeper runs" in said for said in verdict.trust)
+
+
+def test_too_little_for_a_fit_is_said():
+    two = points(sweep(depths=(1, 32)))
+    assert fit_all(two) is None
+    assert "2 sizes" in judge_power_law(two, None).sentence
+    zero = points(sweep(ndcg=flat(0.0)), NDCG)
+    assert fit_all(zero) is None
+    assert "scored 0" in judge_power_law(zero, None).sentence
+
+
+def test_left_out_error_by_hand():
+    chosen = points(sweep(depths=(1, 2, 4, 8)))
+    fit = fit_all(chosen, 50)
+    errors: dict[str, list[float]] = {"log_linear": [], "power": []}
+    for depth in chosen.depths:
+        out = chosen.where(chosen.depth == depth)
+        for name, found in errors.items():
+            found += list(fit_curve(chosen.where(chosen.depth != depth), name).predict(out.x)[0] / out.y - 1)
+    for name, found in errors.items():
+        assert fit.families[name].left_out_error == pytest.approx(np.sqrt(np.mean(np.square(found))), rel=0.02)
+
+
+def test_aicc_is_that_of_a_normalised_density():
+    """Against numerical integration of the density, with its scale found on a grid."""
+    residuals = np.random.default_rng(0).normal(0, 0.004, 24)
+    grid = np.linspace(-0.2, 0.2, 400_001)
+    lowest = np.inf
+    for scale in np.geomspace(1e-3, 1e-2, 80):
+        mass = np.exp(-huber(grid) / DELTA / scale).sum() * (grid[1] - grid[0])
+        lowest = min(lowest, 24 * np.log(mass) + huber(residuals).sum() / DELTA / scale)
+    k = 3 + 1
+    assert aicc(residuals, 3) == pytest.approx(2 * k + 2 * lowest + 2 * k * (k + 1) / (24 - k - 1), abs=2e-2)
+    assert aicc(residuals[:5], 3) == np.inf
+
+
+def test_contradicting_or_impossible_trials_are_refused():
+    with pytest.raises(DataError, match="two finished trials"):
+        points([trial("prorec", 1, 0, 9.0, 0.05)] * 2)
+    with pytest.raises(DataError, match="logarithmic"):
+        points([trial("prorec", 1, 0, -1.0, 0.05)])
+    with pytest.raises(DataError, match="logarithmic"):
+        points([trial("prorec", 1, 0, float("nan"), 0.05)])
+
+
+def test_unfinished_trials_are_no_points():
+    trials = [*sweep(depths=(1, 2)), Trial("prorec-l4-s0", "prorec", 4, 0, "failed", "out of memory")]
+    assert points(trials).depths == [1, 2]
+
+
+def test_paired_difference_is_that_of_a_paired_t_test():
+    values = {8: {0: 0.050, 1: 0.052, 2: 0.051}, 32: {0: 0.055, 1: 0.054, 2: 0.057, 3: 0.9}}
+    found = paired(values, 32, 8)
+    reference = stats.ttest_rel([0.055, 0.054, 0.057], [0.050, 0.052, 0.051]).confidence_interval()
+    assert found.num_seeds == 3
+    assert found.interval == pytest.approx((reference.low, reference.high))
+
+
+@pytest.mark.parametrize(
+    ("arm", "change", "noise", "judgement"),
+    [
+        ("prorec", 0.004, 0.001, "confirmed"),
+        ("prorec", -0.004, 0.001, "contradicted"),
+        ("prorec", 0.0, 0.02, "undecided"),
+        ("hstu", -0.004, 0.001, "confirmed"),
+        ("hstu", 0.004, 0.001, "contradicted"),
+    ],
+)
+def test_claims_of_figure_6(arm, change, noise, judgement):
+    trials = sweep(arm, ndcg=lambda depth: 0.05 + change * np.log2(depth / 8) / 2, noise=noise)
+    verdicts = judge_all(trials)
+    assert {v.claim.arm for v in verdicts} == {arm}
+    assert [v.judgement for v in verdicts] == [judgement, judgement]
+    if change:
+        assert verdicts[0].slope.mean == pytest.approx(change / 2, rel=0.1)
+
+
+def test_claims_without_the_runs_they_need_are_undecided():
+    claim = CLAIMS[0]
+    assert "no finished run of prorec at 32 layers" in judge(sweep(depths=(1, 8)), claim, NDCG).sentence
+    one = judge(sweep(seeds=1), claim, NDCG)
+    assert one.judgement == "undecided"
+    assert "one seed" in one.sentence
+    assert one.difference.interval is None

@@ -76,7 +76,8 @@ class GeneratorTask:
             times=model.reads_times,
         )
         self.order = self.batches.order
-        self._costs, self._level_flops = step_costs(model), flops_per_level(model)
+        self._costs = step_costs(model)
+        self._level_flops = flops_per_level(model, self._costs[1])
         self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device, times=model.reads_times)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
@@ -147,10 +148,12 @@ def step_costs(model: Generator) -> tuple[float, float, np.ndarray]:
     return 1.0 if config.encoder_input == "item" else depth, per_target, np.array(flops)
 
 
-def flops_per_level(model: Generator) -> float:
-    """Training FLOPs of one code of a target more, at a full history, with a child head."""
+def flops_per_level(model: Generator, places: float) -> float:
+    """Training FLOPs of one code more than a target's mean `places`, at a full history, with a child head."""
     config = model.config
-    one, two = (decoder_layer_flops(config.dim, config.ffn_multiplier, n, config.max_history) for n in (1, 2))
+    one, two = (
+        decoder_layer_flops(config.dim, config.ffn_multiplier, n, config.max_history) for n in (places, places + 1)
+    )
     ends = 4.0 * config.dim * model.integrated.shape[1]  # the code's embedding in, the query out
     return 3 * (config.num_decoder_layers * (two - one) + ends)
 

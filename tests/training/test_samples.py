@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec_dist.catalog.dataset import Sequences
-from genrec_dist.testing.tiny import tiny_generator, tiny_sequences, tiny_trie
+from genrec_dist.generator.stage import GeneratorTask, flops_per_level, mean_codebook, step_costs
+from genrec_dist.studies.sizes import generator_size
+from genrec_dist.testing.tiny import tiny_generator, tiny_optim, tiny_sequences, tiny_trie
 from genrec_dist.training.samples import holdout_samples, prefix_samples, row_samples
 from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, least_padding, uniform_negatives
 from genrec_dist.training.worker import Worker
@@ -222,6 +225,27 @@ def test_batches_of_like_code_length_cut_the_decoder_and_not_the_loss():
     assert sorted(taken) == list(range(batches.order.num_samples))
     shallow = (trie.depth[batches.samples.targets(np.arange(len(taken)))] < trie.max_depth).mean()
     assert cut >= shallow * batches.order.steps_per_epoch - 1 - batches.order.steps_per_epoch // 16
+
+
+def test_costs_go_by_the_codes_of_a_batch():
+    """The costs of a mean batch, and what its targets are deeper; as the formula has it for trees of such a depth."""
+    validation = {"seed": 0, "validation_beam": 10, "validation_users": 0, "mix_weight": 0.0}
+    model = tiny_generator(
+        tiny_trie(20, 4), head="child", depth_buckets=True, optim=tiny_optim(batch_size=8, length_buckets=16)
+    )
+    task = GeneratorTask(model, tiny_sequences(60, 20), Worker(), validation)
+    depths, mean = task.batches.depths, float(model.trie.depth.float().mean())
+    per_target = step_costs(model)[1] - mean
+    for step in range(task.order.steps_per_epoch):
+        indices = task.order.batch(step)
+        places = task.batches.tokens_of(indices) + (depths[task.batches.target_items(indices)] + per_target).sum()
+        assert task.tokens(indices) == pytest.approx(places, abs=1)
+    book = mean_codebook(model.trie)
+    sizes = [
+        generator_size(model.config, replace(book, max_depth=depth), 20, model.integrated.shape[1]).training_flops
+        for depth in (mean, mean + 1)
+    ]
+    assert flops_per_level(model, per_target + mean) == pytest.approx(sizes[1] - sizes[0])
 
 
 def test_the_losses_of_parts_add_up_to_that_of_the_batch():

@@ -148,6 +148,7 @@ def execute(
     for stage in closure(stages, lambda stage: _reuse(stage, store, run) is not None):
         folder = _reuse(stage, store, run)
         if folder is not None:
+            store.keep(stage.name, stage.key)
             run.event("stage_reused", stage=stage.title, key=stage.key)
             notify(stage, "reused", folder)
         else:

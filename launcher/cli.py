@@ -60,11 +60,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. fusion.dim=64. Repeatable."),
 ]
-StorePath = Annotated[Path, typer.Option("--store", help="Artifact store.", envvar="GENREC_STORE")]
-RunsPath = Annotated[Path, typer.Option("--runs", help="Folder of all runs.", envvar="GENREC_RUNS")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.", show_default=False)]
+StorePath = Annotated[
+    str,
+    typer.Option(
+        "--store", metavar="PLACE", help="Artifact store: a folder or s3://BUCKET/PREFIX.", envvar="GENREC_STORE"
+    ),
+]
+RunsPath = Annotated[
+    str, typer.Option("--runs", metavar="PLACE", help="All runs: a folder or s3://BUCKET/PREFIX.", envvar="GENREC_RUNS")
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name, folder or URL of a run.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-STORE, RUNS = Path("store"), Path("runs")
+STORE, RUNS = "store", "runs"
 
 
 def _version(wanted: bool) -> None:
@@ -111,6 +118,7 @@ def run(
 ) -> None:
     """Build what is missing, train, evaluate, report. The same command again continues where it stopped."""
     from genrec_dist import methods
+    from genrec_dist.artifacts.places import local_folder
     from genrec_dist.config import load_config
     from launcher import torchrun
     from launcher.run import check_batches, perform
@@ -120,7 +128,7 @@ def run(
     check_batches(resolved)
     stages = methods.build_stages(resolved)
     if torchrun.follows():
-        raise typer.Exit(0 if dry_run else torchrun.follow(runs / resolved.name))
+        raise typer.Exit(0 if dry_run else torchrun.follow(local_folder(runs) / resolved.name))
     if dry_run:
         from launcher.dryrun import show_plan
 

@@ -18,9 +18,11 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from genrec_dist import methods
+from genrec_dist.artifacts.places import is_url, local_folder
 from genrec_dist.config import Config, check_name, load_config, parse_override
 from genrec_dist.errors import ConfigError
 from genrec_dist.pipeline import Stage, closure
+from genrec_dist.run_mirror import RunMirror
 from genrec_dist.runs import RunFolder
 from genrec_dist.studies.blocks import flatten
 from genrec_dist.studies.catalogue import STUDIES, Study, find_study
@@ -139,7 +141,7 @@ def _refuse_varied(study: Study, settings: Sequence[str], seeds: str | None) -> 
             )
 
 
-def carry_out(plan: Plan, *, store: Path, runs: Path, command: list[str], console: Console) -> None:
+def carry_out(plan: Plan, *, store: str | Path, runs: str | Path, command: list[str], console: Console) -> None:
     """Build or reuse every run of the study.
 
     Raises:
@@ -175,7 +177,7 @@ def _finish_short(run: RunFolder) -> None:
     write_report(run)
 
 
-def show_plan(plan: Plan, store: Path, console: Console) -> None:
+def show_plan(plan: Plan, store: str | Path, console: Console) -> None:
     """Print the runs of a study and what each would build; a stage that several need is counted once."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("run", "build", "reuse", "stages to build"):
@@ -191,7 +193,7 @@ def show_plan(plan: Plan, store: Path, console: Console) -> None:
     console.print(table)
 
 
-def write_page(plan: Plan, runs: Path) -> tuple[Path, StudyPage]:
+def write_page(plan: Plan, runs: str | Path) -> tuple[Path, StudyPage]:
     """Write the study's page, JSON and CSV from the runs that exist.
 
     Raises:
@@ -200,6 +202,8 @@ def write_page(plan: Plan, runs: Path) -> tuple[Path, StudyPage]:
     found: dict[tuple[str, int], RunData] = {}
     for planned in plan.runs:
         run = RunFolder(runs, planned.config.name)
+        if run.mirror is not None:
+            run.mirror.pull()
         if (run.path / "config.yaml").is_file():
             _refuse_other(run, planned.config)
             found[planned.variant.name, planned.seed] = RunData(run)
@@ -210,13 +214,16 @@ def write_page(plan: Plan, runs: Path) -> tuple[Path, StudyPage]:
             expected=plan.runs[0].config.name,
             fix="run it without --report-only",
         )
-    folder = runs.resolve() / plan.folder_name
+    folder = local_folder(runs).resolve() / plan.folder_name
     data = StudyData(
         plan.name, plan.study.title, plan.base, plan.study.variants, plan.seeds, found, folder, plan.identifiers_only
     )
     with captured(folder / "logs" / "study.log"):
         page = plan.study.page(data)
-        return write_study(data, page, plan.source), page
+        written = write_study(data, page, plan.source)
+    if is_url(runs):
+        RunMirror(f"{str(runs).rstrip('/')}/{plan.folder_name}", folder).push()
+    return written, page
 
 
 def _refuse_other(run: RunFolder, wanted: Config) -> None:

@@ -181,7 +181,13 @@ def separate_hosts(count: int, folder: Path, environment: dict[str, str] | None 
         _ip("link", "set", bridge, "up")
         for number, (name, address) in enumerate(names.items(), 1):
             host = Host(
-                name, address, f"genrec-{tag}-{number}", f"gv{tag}{number}", folder / name, hosts_file, environment or {}
+                name,
+                address,
+                f"genrec-{tag}-{number}",
+                f"gv{tag}{number}",
+                folder / name,
+                hosts_file,
+                environment or {},
             )
             (host.folder / "ray").mkdir(parents=True)
             _ip("netns", "add", host.namespace)

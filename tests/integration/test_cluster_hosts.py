@@ -1,4 +1,4 @@
-"""Three Ray nodes as separate hosts, with token authentication: runs complete, also when hosts are cut off in mid-stage."""
+"""Three Ray nodes as separate hosts, with token authentication: runs complete, also when hosts are cut off."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from test_kill_and_resume import TINY, results
 
-from genrec_dist.artifacts.files import read_jsonl
+from genrec_dist.artifacts.files import read_json, read_jsonl
+from genrec_dist.testing.faulty_training import context_of, train_with_faults
 from genrec_dist.testing.hosts import FAST_HEALTH, RAY_PORT, Host, hosts_refused, separate_hosts
+from genrec_dist.training.launch import launch
 
 REFUSED = hosts_refused()
 pytestmark = [
@@ -33,6 +36,16 @@ CONFIG = TINY | {
     "generator": TINY["generator"] | {"optim": TINY["generator"]["optim"] | {"epochs": 6, "patience": 1000}},
     "runtime": TINY["runtime"] | UNDER_RAY,
 }
+LONG = {"epochs": 30, "patience": 1000}
+TRAINING = """
+import sys
+from pathlib import Path
+from genrec_dist.testing.faulty_training import context_of, train_with_faults
+from genrec_dist.training.launch import launch
+
+folder, address = sys.argv[1:]
+launch(train_with_faults, context_of(Path(folder), backend="ray", ray_address=address), SETTINGS)
+"""
 NODES = """
 import sys, time, ray
 ray.init(address=sys.argv[1], logging_level="ERROR")
@@ -57,7 +70,12 @@ def cluster(tmp_path_factory) -> Iterator[list[Host]]:
     with separate_hosts(3, tmp_path_factory.mktemp("hosts"), environment) as hosts:
         memory = f"--object-store-memory={150 << 20}"
         hosts[0].start_ray(
-            "--head", f"--port={RAY_PORT}", "--num-cpus=0", memory, "--dashboard-host=127.0.0.1", "--include-dashboard=1"
+            "--head",
+            f"--port={RAY_PORT}",
+            "--num-cpus=0",
+            memory,
+            "--dashboard-host=127.0.0.1",
+            "--include-dashboard=1",
         )
         _until(lambda: "Ray runtime started" in (hosts[0].folder / "ray.log").read_text(), 60)
         for host in hosts[1:]:
@@ -143,3 +161,37 @@ def test_hosts_cut_off_in_every_stage_and_brought_back(tmp_path, cluster):
     lost = {e["stage"] for e in events if e["event"] == "training_restarted" and e["cause"] == "node_lost"}
     assert lost == {"fusion", "generator"}
     assert results(folder, "tiny") == results(tmp_path / "single", "tiny")
+
+
+def test_a_worker_that_trains_on_alone_ends_before_another_takes_its_place(tmp_path, cluster):
+    """The file system stays in reach of the host that is cut off: its worker could write beside the new one."""
+    launch(train_with_faults, context_of(tmp_path / "calm"), LONG)
+    folder, log = tmp_path / "cut", tmp_path / "driver.txt"
+    code = TRAINING.replace("SETTINGS", repr(LONG | {"seconds": 0.3}))
+    command = [sys.executable, "-c", code, str(folder), f"{cluster[0].address}:{RAY_PORT}"]
+    with open(log, "w") as sink:
+        process = cluster[0].popen(command, stdout=sink, stderr=subprocess.STDOUT)
+    file = folder / "run" / "events.jsonl"
+    try:
+        _until(lambda: len(list(folder.glob("scratch/checkpoints/step-*"))) > 1, 120, process)
+        record = read_json(folder / "scratch" / "attempt" / "worker-0.json")
+        (victim,) = (host for host in cluster if host.name == record["host"])
+        victim.cut()
+        _until(lambda: any(e["event"] == "training_restarted" for e in read_jsonl(file)), 90, process)
+        at = read_json(folder / "scratch" / "at.json")["step"]
+        _until(lambda: [e["event"] for e in read_jsonl(file)].count("workers_started") == 2, 60, process)
+        assert at > 20, "the worker did not go on alone"
+        assert not psutil.pid_exists(record["pid"])
+        victim.mend()
+        assert victim.revive_ray()
+        assert process.wait(300) == 0
+    except BaseException:
+        print(log.read_text()[-6000:], json.dumps(read_jsonl(file), indent=1)[-6000:])
+        raise
+    finally:
+        process.kill()
+        victim.mend()
+    wait_for_nodes(cluster, 3)
+    calm, cut = (read_jsonl(tmp_path / name / "curves.jsonl") for name in ("calm", "cut"))
+    assert [(r["split"], r["step"]) for r in cut] == [(r["split"], r["step"]) for r in calm]
+    assert [r.get("loss") for r in cut] == [r.get("loss") for r in calm]

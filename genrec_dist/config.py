@@ -590,6 +590,9 @@ class RuntimeConfig(Section):
     )
     grace_seconds: float = Field(25.0, ge=0, description="time to save a checkpoint after SIGTERM")
     progress_seconds: float = Field(15.0, gt=0, description="between plain progress lines")
+    mirror_seconds: float = Field(
+        60.0, gt=0, description="between copies of the run folder and of unfinished builds to an S3 store"
+    )
 
     @model_validator(mode="after")
     def _parts(self) -> RuntimeConfig:

@@ -151,6 +151,7 @@ def execute(
         if folder is None:
             folder, built = _build(stage, store, run, runtime, notify)
         if built is None:
+            store.keep(stage.name, stage.key)
             run.event("stage_reused", stage=stage.title, key=stage.key)
             notify(stage, "reused", folder)
         else:

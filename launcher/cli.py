@@ -94,9 +94,17 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. fusion.dim=64. Repeatable."),
 ]
-StorePath = Annotated[Path, typer.Option("--store", help="Artifact store.", envvar="GENREC_STORE")]
-RunsPath = Annotated[Path, typer.Option("--runs", help="Folder of all runs.", envvar="GENREC_RUNS")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.", show_default=False)]
+StorePath = Annotated[
+    str,
+    typer.Option(
+        "--store", metavar="PLACE", help="Artifact store: a folder or s3://BUCKET/PREFIX.", envvar="GENREC_STORE"
+    ),
+]
+RunsPath = Annotated[
+    str, typer.Option("--runs", metavar="PLACE", help="All runs: a folder or s3://BUCKET/PREFIX.", envvar="GENREC_RUNS")
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name, folder or URL of a run.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Parallel = Annotated[
     int,
     typer.Option("--parallel", metavar="N", min=1, help="Runs at once, as child processes; runtime.backend=local."),
@@ -107,7 +115,6 @@ Encoders = Annotated[
         "--encoder", metavar="NAME=PATH", help="Study encoders: weights, or a file of finished embeddings. Repeatable."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SharedStore = Annotated[
     str | None, typer.Option("--store", envvar="GENREC_STORE", help="Artifact store that all nodes see: path or URL.")
 ]
@@ -122,7 +129,7 @@ Job = Annotated[str, typer.Argument(metavar="JOB", help="Id that `genrec submit`
 Timeout = Annotated[
     float, typer.Option("--timeout", min=0, help="Seconds to keep trying when the cluster no longer answers.")
 ]
-STORE, RUNS = Path("store"), Path("runs")
+STORE, RUNS = "store", "runs"
 
 
 def _version(wanted: bool) -> None:
@@ -173,6 +180,7 @@ def run(
 ) -> None:
     """Build what is missing, train, evaluate, report. The same command again continues where it stopped."""
     from genrec_dist import methods
+    from genrec_dist.artifacts.places import local_folder
     from genrec_dist.config import load_config
     from launcher import torchrun
     from launcher.run import check_batches, last_stage, perform
@@ -182,7 +190,7 @@ def run(
     check_batches(resolved)
     stages = last_stage(methods.build_stages(resolved), until)
     if torchrun.follows():
-        raise typer.Exit(0 if dry_run else torchrun.follow(runs / resolved.name))
+        raise typer.Exit(0 if dry_run else torchrun.follow(local_folder(runs) / resolved.name))
     if dry_run:
         from launcher.dryrun import show_plan
 
@@ -239,6 +247,9 @@ def study(
     runs: RunsPath = RUNS,
 ) -> None:
     """Run every variant of one of the papers' tables, and write it beside the printed one."""
+    from genrec_dist.artifacts.places import folder_only
+
+    kept = folder_only(store, "--store"), folder_only(runs, "--runs")
     from genrec_dist.studies.catalogue import find_study
 
     find_study(name)
@@ -252,20 +263,20 @@ def study(
     places = parse_encoders(encoders or [])
     plan = make_plan(name, config, data.value if data else None, settings or [], seeds, identifiers_only, places)
     if dry_run:
-        show_plan(plan.runs, plan.study.title, store, out())
+        show_plan(plan.runs, plan.study.title, kept[0], out())
         return
     failure = None
     if not report_only:
         failure = work.carry_out(
             plan.runs,
-            store=store,
-            folder=runs / plan.folder_name,
-            runs_folder=runs,
+            store=kept[0],
+            folder=kept[1] / plan.folder_name,
+            runs_folder=kept[1],
             command=sys.argv,
             console=out(),
             parallel=parallel,
         )
-    work.show_study(*work.write_page(plan, runs), out())
+    work.show_study(*work.write_page(plan, kept[1]), out())
     if failure is not None:
         raise Stopped(failure)
 
@@ -369,6 +380,9 @@ def reproduce(
     runs: RunsPath = RUNS,
 ) -> None:
     """Run or reuse what a paper's tables and figures need, and write one page of them beside ours."""
+    from genrec_dist.artifacts.places import folder_only
+
+    kept = folder_only(store, "--store"), folder_only(runs, "--runs")
     from launcher import reproduce as work
     from launcher import torchrun
     from launcher.study_plan import parse_encoders
@@ -378,10 +392,16 @@ def reproduce(
     places = parse_encoders(encoders or [])
     plan = work.make_plan(paper.value, asked, data and data.value, order.value, settings or [], seeds, places)
     if dry_run:
-        work.show_plan(plan, store, out())
+        work.show_plan(plan, kept[0], out())
         return
     work.reproduce(
-        plan, store=store, runs=runs, command=sys.argv, console=out(), parallel=parallel, report_only=report_only
+        plan,
+        store=kept[0],
+        runs=kept[1],
+        command=sys.argv,
+        console=out(),
+        parallel=parallel,
+        report_only=report_only,
     )
 
 
@@ -413,18 +433,21 @@ def sweep(
     runs: RunsPath = RUNS,
 ) -> None:
     """Train a ladder of depths, or any grid, for several arms and seeds. The same command again goes on."""
+    from genrec_dist.artifacts.places import folder_only
+
+    kept = folder_only(store, "--store"), folder_only(runs, "--runs")
     from launcher import sweep as work
     from launcher import torchrun
 
     torchrun.refuse("sweep")
-    planned = work.prepare(config, name, settings or [], extend or [], runs)
+    planned = work.prepare(config, name, settings or [], extend or [], kept[1])
     if dry_run:
         from launcher.sweep_dryrun import show_sweep
 
-        show_sweep(planned, store, work.machines_for_plan(planned), parallel, probe, out())
+        show_sweep(planned, kept[0], work.machines_for_plan(planned), parallel, probe, out())
         return
     outcome = work.carry_out(
-        planned, store=store, parallel=parallel, retry_failed=retry_failed, command=sys.argv, console=out()
+        planned, store=kept[0], parallel=parallel, retry_failed=retry_failed, command=sys.argv, console=out()
     )
     work.conclude(outcome, planned, out())
 
@@ -443,11 +466,12 @@ def status(
     runs: RunsPath = RUNS,
 ) -> None:
     """State of a run or a sweep from its folder: running, finished, failed or interrupted, progress, metrics."""
+    from genrec_dist.artifacts.places import is_url
     from genrec_dist.runs import RunFolder
     from genrec_dist.studies.scaling.sweep_folder import SweepFolder
     from launcher.status import gather, show_run, watch_run
 
-    sweep = SweepFolder.find(runs, run)
+    sweep = None if is_url(runs) or is_url(run) else SweepFolder.find(Path(runs), run)
     if sweep is not None:
         from launcher.sweep_status import SweepStatus, show_status
 
@@ -469,11 +493,12 @@ def status(
 @guarded
 def report(run: RunName, runs: RunsPath = RUNS) -> None:
     """Write the HTML report of a run or a sweep again."""
+    from genrec_dist.artifacts.places import is_url
     from genrec_dist.runs import RunFolder
     from genrec_dist.studies.scaling.sweep_folder import SweepFolder
     from launcher.results import make_report
 
-    sweep = SweepFolder.find(runs, run)
+    sweep = None if is_url(runs) or is_url(run) else SweepFolder.find(Path(runs), run)
     if sweep is not None:
         from launcher.sweep_report import write_sweep_report
 

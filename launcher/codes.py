@@ -13,7 +13,7 @@ from genrec_dist.runs import RunFolder
 from launcher.embeddings import embeddings_folder, new_folder
 
 
-def extend(source: str, embeddings: str, out: Path, skip: int, stage: str, runs: Path, console: Console) -> None:
+def extend(source: str, embeddings: str, out: Path, skip: int, stage: str, runs: str | Path, console: Console) -> None:
     """Write codes of old and new items to `out`, and say how many changed.
 
     Raises:

@@ -27,7 +27,9 @@ def synthesize(folder: Path, items: int, users: int, seed: int, console: Console
     console.print(_table({k: v for k, v in summary.items() if not isinstance(v, list)}))
 
 
-def catalog_folder(source: Path, settings: list[str] | None, store: Path, runs: Path, command: list[str]) -> Path:
+def catalog_folder(
+    source: Path, settings: list[str] | None, store: str | Path, runs: str | Path, command: list[str]
+) -> Path:
     """Folder of a catalog artifact: `source` itself, or the one its configuration describes, built if needed.
 
     The build is a run of its own, `<name>.catalog`.

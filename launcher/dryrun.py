@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from genrec_dist.artifacts.places import local_folder
+from genrec_dist.artifacts.store import ArtifactStore
 from genrec_dist.config import Config
 from genrec_dist.pipeline import Stage, closure
 from genrec_dist.semantic.encoders import model_shape
@@ -64,7 +66,7 @@ class Plan:
     embedding: Price | None = None
 
 
-def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | None = None) -> Plan:
+def make_plan(config: Config, stages: list[Stage], store: str | Path, probe: bool | None = None) -> Plan:
     """Work out a run without starting anything.
 
     Args:
@@ -74,7 +76,8 @@ def make_plan(config: Config, stages: list[Stage], store: Path, probe: bool | No
         probe: time layers of the text encoder on this machine; None: where embeddings are all that the run makes.
     """
     ordered = closure(stages, lambda stage: is_finished(stage, store))
-    finished = {s.name: store / s.name / s.key for s in ordered if is_finished(s, store)}
+    here = ArtifactStore(local_folder(store))  # what is in a bucket alone is not fetched for an estimate
+    finished = {s.name: here.path(s.name, s.key) for s in ordered if here.exists(s.name, s.key)}
     rows = [(s.title, _action(s, store), s.key) for s in ordered]
     notes: list[str] = []
     counts = catalog_counts(config, finished.get("catalog"))
@@ -147,7 +150,7 @@ def integrated_width(config: Config, semantic: Path | None, notes: list[str]) ->
     return fusion.dim * (2 if fusion.mode == "joint" and fusion.integrated == "concat" else 1)
 
 
-def _action(stage: Stage, store: Path) -> str:
+def _action(stage: Stage, store: str | Path) -> str:
     if is_finished(stage, store):
         return "reuse"
     return "continue" if has_unfinished(stage, store) else "build"
@@ -237,7 +240,9 @@ def codebook_size(config: Config, counts: Counts, artifact: Path | None) -> Code
     return CodebookSize(trie.num_nodes, trie.max_depth, int(trie.code.max()) + 1, widths)
 
 
-def show_plan(config: Config, stages: list[Stage], store: Path, console: Console, probe: bool | None = None) -> None:
+def show_plan(
+    config: Config, stages: list[Stage], store: str | Path, console: Console, probe: bool | None = None
+) -> None:
     """Print the plan of a run."""
     plan = make_plan(config, stages, store, probe)
     console.print(f"[bold]{escape(config.name)}[/]: dry run, nothing is started; store {escape(str(store))}")

@@ -16,7 +16,7 @@ from genrec_dist.errors import ArtifactError, ConfigError
 from genrec_dist.runs import RunFolder
 
 
-def artifact_folders(target: str, runs: Path) -> list[Path]:
+def artifact_folders(target: str, runs: str | Path) -> list[Path]:
     """What a user names: an artifact's folder, a folder of artifacts (a store, or a part of one), or a run.
 
     Raises:
@@ -37,7 +37,7 @@ def artifact_folders(target: str, runs: Path) -> list[Path]:
     return [run.artifact(title) for title in run.links()]
 
 
-def verify(target: str, runs: Path, console: Console) -> None:
+def verify(target: str, runs: str | Path, console: Console) -> None:
     """Check checksums, and where there are embeddings their rows, records, ids and ledger.
 
     Raises:
@@ -79,7 +79,7 @@ def _content_problems(folder: Path) -> list[str]:
         return [str(error).replace("\n", ";")]
 
 
-def embeddings_folder(source: str, stage: str, runs: Path) -> Path:
+def embeddings_folder(source: str, stage: str, runs: str | Path) -> Path:
     """Folder of the embeddings that a user names: itself, or a stage of a run.
 
     Raises:
@@ -93,7 +93,7 @@ def embeddings_folder(source: str, stage: str, runs: Path) -> Path:
     return folder
 
 
-def export(source: str, out: Path, stage: str, runs: Path, console: Console) -> None:
+def export(source: str, out: Path, stage: str, runs: str | Path, console: Console) -> None:
     """Write embeddings to a .npy, .parquet or .safetensors file."""
     from genrec_dist.artifacts.exchange import export_embeddings
     from genrec_dist.artifacts.reader import EmbeddingStore

@@ -46,7 +46,10 @@ def make_report(run: RunFolder) -> Path:
     with captured(run.path / "logs" / "report.log"):
         from genrec_dist.studies.report import write_report
 
-        return write_report(run)
+        written = write_report(run)
+    if run.mirror is not None:
+        run.mirror.push()
+    return written
 
 
 def result_rows(metrics: dict) -> dict[str, dict[str, float]]:

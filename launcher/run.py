@@ -9,7 +9,6 @@ import fcntl
 import math
 import os
 import platform
-import shutil
 import sys
 import time
 import traceback
@@ -21,11 +20,13 @@ from typing import TextIO
 
 import psutil
 
+from genrec_dist.artifacts.cached_store import CachedStore, open_store
 from genrec_dist.artifacts.store import ArtifactStore
 from genrec_dist.cluster import leave_ray
 from genrec_dist.config import Config
 from genrec_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_TRAINING, CheckpointError, ConfigError
 from genrec_dist.pipeline import Stage, closure, execute
+from genrec_dist.run_mirror import Mirroring
 from genrec_dist.runs import RunFolder
 from launcher.failures import Stopped, explain
 from launcher.screen import StageScreen
@@ -133,8 +134,8 @@ def perform(
     config: Config,
     stages: list[Stage],
     *,
-    store: Path,
-    runs: Path,
+    store: str | Path,
+    runs: str | Path,
     command: list[str],
     resume: str = "auto",
     finish: Callable[[RunFolder], None] | None = None,
@@ -145,8 +146,8 @@ def perform(
     Args:
         config: resolved configuration; its name is the folder's.
         stages: what to execute.
-        store: artifact store.
-        runs: folder of all runs.
+        store: artifact store, a folder or s3://BUCKET/PREFIX.
+        runs: folder of all runs, likewise.
         command: for the provenance.
         resume: 'auto', 'require' or 'never', see `prepare_resume`.
         finish: called with the run folder after the last stage, screen still kept clean.
@@ -165,35 +166,44 @@ def perform(
     check_tracking(config.tracking)
     if resume == "require":
         require_progress(stages, store)
-    run = RunFolder(runs, config.name)
+    run, artifacts = RunFolder(runs, config.name), open_store(store)
+    if isinstance(artifacts, CachedStore):
+        artifacts.tell = run.event
     needed = closure(stages, lambda stage: is_finished(stage, store))
     log = run.path / "logs" / "driver.log"
     with _exclusive(run):
+        if run.mirror is not None:
+            run.mirror.pull_locked()
         run.create(config, command)
         run.event(
             "process",
             pid=os.getpid(),
             created=psutil.Process().create_time(),
             host=platform.node(),
-            store=os.path.relpath(store.resolve(), run.path),
+            store=os.path.relpath(artifacts.root, run.path),
             stages=[{"stage": s.title, "key": s.key} for s in needed],
         )
         started = time.time()
-        with SignalWatch() as signals, captured(log, to_stderr=to_stderr) as stream:
+        with (
+            SignalWatch() as signals,
+            captured(log, to_stderr=to_stderr) as stream,
+            Mirroring(run.mirror, artifacts, config.runtime.mirror_seconds, run.event) as mirroring,
+        ):
             screen = StageScreen(stream, len(needed), config.runtime.progress_seconds)
             run.say = screen.note
             tracking = Tracking(config, run)
             watchdog.last_words = partial(_hung, run, screen, stream)
             try:
-                artifacts = ArtifactStore(store)
                 if resume == "never":
                     discard_unfinished(stages, artifacts)
                 with tracking:
-                    execute(stages, artifacts, run, config.runtime, on_stage=_both(screen.on_stage, tracking.on_stage))
+                    told = _all(screen.on_stage, tracking.on_stage, lambda *_: mirroring.soon())
+                    execute(stages, artifacts, run, config.runtime, on_stage=told)
                 if finish is not None:
                     finish(run)
                 screen.close(failed=False)
                 run.event("run_finished", exit_code=0, seconds=round(time.time() - started, 2))
+                mirroring.push()
             except BaseException as error:
                 failure = explain(error, signals.seen())
                 failure.log = log
@@ -201,6 +211,7 @@ def perform(
                 run.event(kind, exit_code=failure.exit_code, type=failure.kind, error=failure.text)
                 traceback.print_exc(file=sys.stderr)
                 screen.close(failed=True)
+                _push_last(mirroring)
                 raise Stopped(failure) from error
             finally:
                 watchdog.last_words = None
@@ -208,7 +219,7 @@ def perform(
     return run
 
 
-def _both(*callbacks: Callable[[Stage, str, Path], None]) -> Callable[[Stage, str, Path], None]:
+def _all(*callbacks: Callable[[Stage, str, Path], None]) -> Callable[[Stage, str, Path], None]:
     def call(stage: Stage, state: str, folder: Path) -> None:
         for callback in callbacks:
             callback(stage, state, folder)
@@ -222,6 +233,14 @@ def _hung(run: RunFolder, screen: StageScreen, stream: TextIO, text: str) -> Non
     screen.close(failed=True)
     stream.write(f"error: {text}\n  fix: the same command continues from the last checkpoint\n")
     stream.flush()
+
+
+def _push_last(mirroring: Mirroring) -> None:
+    """How a run failed, for who looks into the bucket; the failure itself must not be hidden by another."""
+    try:
+        mirroring.push()
+    except Exception:
+        traceback.print_exc(file=sys.stderr)
 
 
 def _leave() -> None:
@@ -247,7 +266,7 @@ def _exclusive(run: RunFolder) -> Iterator[None]:
         yield
 
 
-def require_progress(stages: list[Stage], store: Path) -> None:
+def require_progress(stages: list[Stage], store: str | Path) -> None:
     """Check that there is something to continue from: what `--resume require` asks.
 
     Raises:
@@ -258,27 +277,26 @@ def require_progress(stages: list[Stage], store: Path) -> None:
             return
     raise CheckpointError(
         "nothing to continue from",
-        where=store.resolve(),
+        where=store,
         got="no finished stage after the catalog and no unfinished build of this configuration",
         expected="work that an earlier call of the same configuration left",
         fix="use --resume auto, or check --store and the settings (any other setting gives another content hash)",
     )
 
 
-def is_finished(stage: Stage, store: Path) -> bool:
+def is_finished(stage: Stage, store: str | Path) -> bool:
     """True when the store holds the stage's artifact (its bytes are not checked)."""
-    return (store / stage.name / stage.key / "MANIFEST.json").is_file()
+    return open_store(store).exists(stage.name, stage.key)
 
 
-def has_unfinished(stage: Stage, store: Path) -> bool:
+def has_unfinished(stage: Stage, store: str | Path) -> bool:
     """True when a killed build of the stage left something to continue from."""
-    folder = store / stage.name / f"{stage.key}.building"
-    return folder.is_dir() and any(folder.iterdir())
+    return open_store(store).has_unfinished(stage.name, stage.key)
 
 
 def discard_unfinished(stages: list[Stage], store: ArtifactStore) -> None:
     """Throw away unfinished builds and their checkpoints; finished artifacts stay."""
     for stage in closure(stages):
-        if has_unfinished(stage, store.root):
-            with store.building(stage.name, stage.key) as folder:  # waits for a process that builds it just now
-                shutil.rmtree(folder, ignore_errors=True)
+        if store.has_unfinished(stage.name, stage.key):
+            with store.building(stage.name, stage.key):  # waits for a process that builds it just now
+                store.discard_building(stage.name, stage.key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,40 @@ def ray_session() -> Iterator[Any]:
     """The `ray` module with one private session, shared by every test that asks for it."""
     yield ensure_ray(RuntimeConfig())
     leave_ray()
+
+
+_buckets = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Endpoint of an S3 server on loopback."""
+    pytest.importorskip("moto", reason="the S3 server of the tests is moto: pip install 'moto[s3]' flask flask-cors")
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """`s3://` and the name of an empty bucket; credentials, endpoint and an empty cache are in the environment."""
+    import boto3
+
+    bucket = f"test-{next(_buckets)}"
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": s3_server,
+        "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+        "AWS_SECRET_ACCESS_KEY": "very-secret-very-secret-very-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "GENREC_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
 
 
 @pytest.fixture(scope="session")

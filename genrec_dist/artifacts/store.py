@@ -96,12 +96,14 @@ class ArtifactStore:
     """Content-addressed artifacts under one root folder.
 
     Args:
-        root: folder of the store, made when missing.
+        root: folder of the store, made when something is built.
     """
+
+    remote = False
+    """Whether the folder is only a cache."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).resolve()
-        self.root.mkdir(parents=True, exist_ok=True)
         self._verified: set[Path] = set()
         self._held: set[Path] = set()
 
@@ -112,6 +114,17 @@ class ArtifactStore:
     def exists(self, stage: str, key: str) -> bool:
         """True when a manifest is there; says nothing about the bytes (see `verify`)."""
         return (self.path(stage, key) / MANIFEST).is_file()
+
+    def has_unfinished(self, stage: str, key: str) -> bool:
+        """True when a killed build left something to continue from."""
+        folder = self.path(stage, key).with_name(f"{key}.building")
+        return folder.is_dir() and any(folder.iterdir())
+
+    def keep(self, stage: str, key: str) -> None:
+        """See to it that a finished artifact lasts: from a folder that is only a cache it is copied on."""
+
+    def snapshot(self) -> None:
+        """Copy unfinished builds to what is behind a cache."""
 
     def verify(self, stage: str, key: str) -> list[str]:
         """Problems of a finished artifact, empty when every file has the recorded size and SHA-256."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from genrec_dist.artifacts.files import read_json
 from genrec_dist.artifacts.store import MANIFEST
 from genrec_dist.config import Config
-from genrec_dist.errors import ConfigError
+from genrec_dist.errors import ConfigError, GenrecError
 from genrec_dist.runs import RunFolder
 from genrec_dist.studies import paper
 
@@ -53,7 +53,10 @@ class RunData:
     def folder(self, title: str) -> Path | None:
         """Folder of a finished artifact of this run, None when there is none."""
         link = self.links.get(title)
-        folder = (self.run.path / link["path"]).resolve() if link else None
+        try:
+            folder = self.run.folder_of(link) if link else None
+        except GenrecError:
+            return None
         return folder if folder is not None and (folder / MANIFEST).is_file() else None
 
     def json(self, title: str, name: str) -> Any:

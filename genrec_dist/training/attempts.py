@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,18 +81,23 @@ def prepare(context: StageContext) -> None:
     shutil.rmtree(_folder(context), ignore_errors=True)
 
 
-def register(worker: Worker, context: StageContext, node: str = "") -> None:
+def register(worker: Worker, context: StageContext, node: str = "") -> tuple[Path, str]:
     """Say that this worker takes part.
 
     Args:
         worker: this process.
         context: of the stage.
         node: Ray's id of the node.
+
+    Returns:
+        The file that says so, and the nonce in it: as long as both are there, nobody has taken this worker's place.
     """
+    file, nonce = _folder(context, create=True) / f"worker-{worker.rank}.json", secrets.token_hex(8)
     record = {"rank": worker.rank, "world_size": worker.world_size, "pid": os.getpid(), "host": platform.node()}
-    write_json(_folder(context, create=True) / f"worker-{worker.rank}.json", record | {"node": node})
+    write_json(file, record | {"node": node, "nonce": nonce})
     if worker.is_main:
         context.event("workers_started", world_size=worker.world_size)
+    return file, nonce
 
 
 def workers(context: StageContext) -> list[dict]:

@@ -1,12 +1,14 @@
-"""What one worker of several does around its function: say that it is there, and how it failed."""
+"""What one worker of several does around its function: say that it is there, leave when given up, say how it failed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from genrec_dist.errors import TrainingError
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.attempts import Cause, note_failure, register
+from genrec_dist.training.fence import Fence
 from genrec_dist.training.worker import Worker
 
 WorkerFunction = Callable[[Worker, StageContext, dict], None]
@@ -17,14 +19,16 @@ def run_reporting(
 ) -> None:
     """Run the function; an exception is left in a file for the process that launched, and raised.
 
-    It has to be raised: a worker that merely returned would leave the others waiting in their next collective.
+    It has to be raised: a worker that merely returned would leave the others waiting in their next collective. A worker
+    of Ray, whose `node` is given, ends itself when another has taken its place.
     """
-    register(worker, context, node)
-    try:
-        function(worker, context, settings)
-    except Exception as error:
-        note_failure(context, worker.rank, error)
-        raise
+    registered = register(worker, context, node)
+    with Fence(*registered) if node else nullcontext():
+        try:
+            function(worker, context, settings)
+        except Exception as error:
+            note_failure(context, worker.rank, error)
+            raise
 
 
 def exhausted(context: StageContext, cause: Cause) -> TrainingError:

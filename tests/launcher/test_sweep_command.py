@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_process import HERE, REAL
-from test_study_command import TINY, here  # noqa: F401  (a fixture)
+from test_study_command import here  # noqa: F401  (a fixture)
+from tiny_study import TINY
 
 from genrec_dist.artifacts.files import read_json, read_jsonl
 from genrec_dist.errors import ConfigError

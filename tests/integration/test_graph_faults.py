@@ -117,6 +117,7 @@ def test_a_finished_training_needs_no_partitions_for_another_number_of_workers(w
     assert len(list(whole.glob("store/partitions/*/MANIFEST.json"))) == 1
 
 
+@pytest.mark.slow
 def test_stage_one_over_partitions_feeds_the_rest_of_the_method(tmp_path):
     sharded = TINY | {
         "name": "graph",

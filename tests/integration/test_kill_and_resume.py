@@ -158,6 +158,7 @@ def test_torchrun_trains_on_two_processes(tmp_path: Path) -> None:
     assert evaluate_again(tmp_path, "local", 1) == first
 
 
+@pytest.mark.slow
 def test_ray_and_deepspeed_train_on_two_workers(tmp_path: Path) -> None:
     """The whole run under Ray with DeepSpeed ZeRO; metrics do not depend on who evaluates."""
     runtime = {**TINY["runtime"], "backend": "ray", "num_workers": 2, "num_embed_workers": 2, "zero_stage": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 from genrec_dist.config import RuntimeConfig
 from genrec_dist.errors import GenrecError
 from launcher.doctor import MIN_DISK_GIB, Check
-from launcher.doctor_probe import REDUCE_SECONDS, Probe
+from launcher.doctor_probe import REDUCE_SECONDS, Probe, scope
 from launcher.streams import captured
 
 ANSWER_SECONDS = 60.0
@@ -44,7 +45,7 @@ def examine_cluster(address: str, places: dict[str, str]) -> list[Check]:
         accepted = accepts_any_token(address)
         try:
             nodes = Nodes(ensure_ray(RuntimeConfig(ray_address=address)))
-            checks = [*nodes.checks(), guarded("Ray sockets", accepted, nodes.sockets())]
+            checks = [*nodes.checks(), guarded("Ray sockets", accepted, nodes.sockets() or [as_reached(address)])]
             return checks + list(storage(places, list(nodes.seen), nodes.ask))
         except GenrecError as error:
             found = f"{error.what}: {error.got}"[:500]
@@ -65,6 +66,17 @@ def accepts_any_token(address: str) -> bool:
     return done.returncode == 0 and "accepted" in done.stdout
 
 
+def as_reached(address: str) -> dict:
+    """The head's socket as the address tells it; probes do not run where one side asks for a token and one does not."""
+    host, _, port = address.rpartition(":")
+    try:
+        ip = socket.gethostbyname(host)
+    except OSError:
+        ip = "0.0.0.0"
+    where = "loopback" if scope(ip) == "loopback" else "all"
+    return {"who": "GCS", "address": ip, "port": port, "scope": where, "mode": "unknown"}
+
+
 def guarded(label: str, accepted: bool, sockets: list[dict]) -> Check:
     """One line on what listens, and whether a token guards it.
 
@@ -77,7 +89,7 @@ def guarded(label: str, accepted: bool, sockets: list[dict]) -> Check:
     found = ", ".join(f"{who} on {where}" + f" ({n})" * (n > 1) for (who, where), n in sorted(count.items()))
     wide = [one for one in sockets if one["scope"] in ("all", "public")]
     if accepted and wide:
-        one = min(wide, key=lambda socket: socket["who"] == "agent or worker")  # the ways in that people know first
+        one = min(wide, key=lambda one: one["who"] == "agent or worker")  # the ways in that people know first
         return Check(
             label,
             "missing",
@@ -158,7 +170,8 @@ class Nodes:
             else:
                 fix = "see the node's Ray logs, and start Ray there again"
                 yield Check(f"node {name}", "missing", _short(answer), f"an answer in {ANSWER_SECONDS:g} s", fix)
-        yield Check("nodes", "ok", ", ".join(self.seen))
+        silent = len(self.probes) - len(self.seen)
+        yield Check("nodes", "missing" if silent else "ok", ", ".join(self.seen) or "none answers")
         yield self._versions()
         yield Check("GPUs of nodes", "ok", "; ".join(f"{n}: {_list(s['gpus'])}" for n, s in self.seen.items()))
         yield self._clocks()

@@ -59,6 +59,8 @@ def _ray_part(process: psutil.Process) -> str | None:
         return "Ray client server"
     if name in ("gcs_server", "raylet"):
         return "GCS" if name == "gcs_server" else name
+    if "/ray/autoscaler/" in text:
+        return "autoscaler"
     if "/ray/dashboard/dashboard.py" in text or text.startswith("ray-dashboard"):
         return "dashboard and Jobs"
     if "/ray/_private/" in text or "/ray/dashboard/" in text or text.startswith("ray::"):

@@ -17,7 +17,7 @@ DASHBOARD = "http://127.0.0.1:8265"
 DOCUMENTED = {
     ("GCS", "all"), ("raylet", "all"), ("agent or worker", "all"), ("agent or worker", "private"),
     ("agent or worker", "loopback"), ("dashboard and Jobs", "loopback"), ("dashboard and Jobs", "all"),
-    ("Ray client server", "loopback"), ("Ray client server", "private"),
+    ("Ray client server", "loopback"), ("Ray client server", "private"), ("autoscaler", "all"),
 }  # fmt: skip
 """Who listens where, as docs/security.md says; of the dashboard, 'all' is its metrics."""
 DRIVER = f"import ray; ray.init(address='{HEAD}', logging_level='CRITICAL'); print(ray.get(ray.put('inside')))"

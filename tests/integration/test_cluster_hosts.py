@@ -31,7 +31,7 @@ CONFIG = TINY | {
 }
 QUICKSTART = (
     "catalog.synthetic={num_items: 200, num_users: 500, seed: 1}", "fusion.optim.epochs=2", "generator.optim.epochs=2",
-    "sasrec.optim.epochs=2", "evaluation.beam_width=10", "evaluation.exact_users=20", "report.tsne_items=0",
+    "sasrec.optim.epochs=2", "evaluation.beam_width=20", "evaluation.exact_users=20", "report.tsne_items=0",
     "runtime.num_workers=2", "runtime.num_embed_workers=2", "runtime.num_threads=1",
 )  # fmt: skip
 LONG = {"epochs": 30, "patience": 1000}

@@ -158,4 +158,7 @@ def test_the_quickstart_as_a_submitted_job(tmp_path, cluster):
     submit = [sys.executable, "-m", "launcher.cli", "submit", config, "--address", "http://127.0.0.1:8265", *places]
     done = cluster[0].run([*submit, *settings], timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert results(tmp_path / "cluster", "quickstart") == results(tmp_path / "single", "quickstart")
+    found, wanted = (results(tmp_path / name, "quickstart") for name in ("cluster", "single"))
+    for one in (found, wanted):
+        one["metrics"]["references"]["sasrec_cosine"].pop("seconds")
+    assert found == wanted

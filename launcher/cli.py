@@ -677,12 +677,22 @@ def data_extend(
 def doctor(
     json: AsJson = False,
     ray: Annotated[bool, typer.Option("--ray", help="Start a private Ray and run one task in it.")] = False,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="HOST:PORT", help="Examine every node of this Ray cluster.")
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="PLACE", help="Write and read there, from every node.")
+    ] = None,
+    runs: Annotated[
+        str | None, typer.Option("--runs", metavar="PLACE", help="Write and read there, from every node.")
+    ] = None,
 ) -> None:
-    """Check this machine: packages, compiler, cores, memory, disk, GPU, Ray, DGL. Exit 4 if something is missing."""
+    """Check this machine, and a cluster with its storage. Exit 4 if something that is required is missing."""
     from genrec_dist.errors import EXIT_CLUSTER
     from launcher.doctor import examine, show_checks
 
-    checks = examine(start_ray=ray)
+    places = {option: place for option, place in (("--store", store), ("--runs", runs)) if place}
+    checks = examine(start_ray=ray, address=address, places=places)
     if json:
         print_json([check.as_dict() for check in checks])
     else:

@@ -1,4 +1,7 @@
-"""`genrec doctor`: is this machine fit? Each check says what was found, what is needed and how to mend it."""
+"""`genrec doctor`: is this machine fit? Each check says what was found, what is needed and how to mend it.
+
+A cluster is examined by doctor_cluster.py, what its nodes share by doctor_storage.py.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +59,23 @@ class Check:
         return asdict(self)
 
 
-def examine(start_ray: bool = False) -> list[Check]:
+def examine(start_ray: bool = False, address: str | None = None, places: dict[str, str] | None = None) -> list[Check]:
     """All checks.
 
     Args:
         start_ray: also start a private Ray and run a task in it (5-20 s).
+        address: HOST:PORT of a cluster whose nodes are examined as well.
+        places: folder or URL of store and runs, by option; every node has to see the folders.
     """
+    from launcher.doctor_cluster import examine_cluster, listening_here
+    from launcher.doctor_probe import ray_sockets
+    from launcher.doctor_storage import storage
+
     checks = [_python(), *packages(), *_tools(), *_machine(), _gpu(), dgl_import(), ray_authentication()]
-    return checks + ([_ray_start()] if start_ray else [])
+    checks += [listening_here(ray_sockets()), *([_ray_start()] if start_ray else [])]
+    if address:
+        return checks + examine_cluster(address, places or {})
+    return checks + list(storage(places or {}, [], lambda method, arguments: {}))
 
 
 def _python() -> Check:

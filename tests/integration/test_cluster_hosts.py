@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from host_cluster import ROOT, until, wait_for_nodes
 from test_kill_and_resume import TINY, results
 
 from genrec_dist.artifacts.files import read_json, read_jsonl
 from genrec_dist.testing.faulty_training import context_of, train_with_faults
-from genrec_dist.testing.hosts import FAST_HEALTH, RAY_PORT, Host, hosts_refused, separate_hosts
+from genrec_dist.testing.hosts import RAY_PORT, Host
 from genrec_dist.training.launch import launch
 
-REFUSED = hosts_refused()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1500),
-    pytest.mark.skipif(REFUSED is not None, reason=f"separate hosts: {REFUSED}"),
-]
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 STAGES = ("catalog", "semantic", "fusion", "identifiers", "generator", "evaluation")
 AWAY_SECONDS = 15.0  # longer than Ray takes to find a host gone
 UNDER_RAY = {"backend": "ray", "num_workers": 2, "num_embed_workers": 2, "zero_stage": 1, "task_mib": 0.0}
@@ -36,6 +29,11 @@ CONFIG = TINY | {
     "generator": TINY["generator"] | {"optim": TINY["generator"]["optim"] | {"epochs": 6, "patience": 1000}},
     "runtime": TINY["runtime"] | UNDER_RAY,
 }
+QUICKSTART = (
+    "catalog.synthetic={num_items: 200, num_users: 500, seed: 1}", "fusion.optim.epochs=2", "generator.optim.epochs=2",
+    "sasrec.optim.epochs=2", "evaluation.beam_width=20", "evaluation.exact_users=20", "report.tsne_items=0",
+    "runtime.num_workers=2", "runtime.num_embed_workers=2", "runtime.num_threads=1",
+)  # fmt: skip
 LONG = {"epochs": 30, "patience": 1000}
 TRAINING = """
 import sys
@@ -46,55 +44,6 @@ from genrec_dist.training.launch import launch
 folder, address = sys.argv[1:]
 launch(train_with_faults, context_of(Path(folder), backend="ray", ray_address=address), SETTINGS)
 """
-NODES = """
-import sys, time, ray
-ray.init(address=sys.argv[1], logging_level="ERROR")
-deadline = time.monotonic() + 60
-while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
-    assert time.monotonic() < deadline, ray.nodes()
-    time.sleep(0.2)
-"""
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[list[Host]]:
-    """A head without workers' cores, and two hosts with one each."""
-    environment = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        **FAST_HEALTH,
-    }
-    with separate_hosts(3, tmp_path_factory.mktemp("hosts"), environment) as hosts:
-        memory = f"--object-store-memory={150 << 20}"
-        hosts[0].start_ray(
-            "--head",
-            f"--port={RAY_PORT}",
-            "--num-cpus=0",
-            memory,
-            "--dashboard-host=127.0.0.1",
-            "--include-dashboard=1",
-        )
-        _until(lambda: "Ray runtime started" in (hosts[0].folder / "ray.log").read_text(), 60)
-        for host in hosts[1:]:
-            host.start_ray(f"--address={hosts[0].address}:{RAY_PORT}", "--num-cpus=1", memory)
-        wait_for_nodes(hosts, 3)
-        yield hosts
-
-
-def _until(condition: Callable[[], bool], seconds: float, process: subprocess.Popen | None = None) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        assert process is None or process.poll() is None, "the run ended before"
-        time.sleep(0.05)
-
-
-def wait_for_nodes(hosts: list[Host], count: int) -> None:
-    done = hosts[0].run([sys.executable, "-c", NODES, f"{hosts[0].address}:{RAY_PORT}", str(count)])
-    assert done.returncode == 0, done.stderr
 
 
 def start_run(host: Host, folder: Path, config: dict, log: Path) -> subprocess.Popen:
@@ -140,7 +89,7 @@ def test_hosts_cut_off_in_every_stage_and_brought_back(tmp_path, cluster):
     try:
         for number, stage in enumerate(STAGES):
             victim = cluster[1 + number % 2]
-            _until(lambda stage=stage: under_way(folder, stage, read_jsonl(file)), 180, process)
+            until(lambda stage=stage: under_way(folder, stage, read_jsonl(file)), 180, process)
             victim.cut()
             since = time.time()
             time.sleep(AWAY_SECONDS)
@@ -173,13 +122,13 @@ def test_a_worker_that_trains_on_alone_ends_before_another_takes_its_place(tmp_p
         process = cluster[0].popen(command, stdout=sink, stderr=subprocess.STDOUT)
     file = folder / "run" / "events.jsonl"
     try:
-        _until(lambda: len(list(folder.glob("scratch/checkpoints/step-*"))) > 1, 120, process)
+        until(lambda: len(list(folder.glob("scratch/checkpoints/step-*"))) > 1, 120, process)
         record = read_json(folder / "scratch" / "attempt" / "worker-0.json")
         (victim,) = (host for host in cluster if host.name == record["host"])
         victim.cut()
-        _until(lambda: any(e["event"] == "training_restarted" for e in read_jsonl(file)), 90, process)
+        until(lambda: any(e["event"] == "training_restarted" for e in read_jsonl(file)), 90, process)
         at = read_json(folder / "scratch" / "at.json")["step"]
-        _until(lambda: [e["event"] for e in read_jsonl(file)].count("workers_started") == 2, 60, process)
+        until(lambda: [e["event"] for e in read_jsonl(file)].count("workers_started") == 2, 60, process)
         assert at > 20, "the worker did not go on alone"
         assert not psutil.pid_exists(record["pid"])
         victim.mend()
@@ -195,3 +144,22 @@ def test_a_worker_that_trains_on_alone_ends_before_another_takes_its_place(tmp_p
     calm, cut = (read_jsonl(tmp_path / name / "curves.jsonl") for name in ("calm", "cut"))
     assert [(r["split"], r["step"]) for r in cut] == [(r["split"], r["step"]) for r in calm]
     assert [r.get("loss") for r in cut] == [r.get("loss") for r in calm]
+
+
+def test_the_quickstart_as_a_submitted_job(tmp_path, cluster):
+    """Through Ray Jobs: the driver runs on the head, the work on both other hosts."""
+    settings = [word for text in QUICKSTART for word in ("--set", text)]
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    command = [sys.executable, "-m", "launcher.cli", "run", config, "--store", "store", "--runs", "runs", *settings]
+    (tmp_path / "single").mkdir()
+    done = subprocess.run(command, cwd=tmp_path / "single", capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    places = ["--store", str(tmp_path / "cluster" / "store"), "--runs", str(tmp_path / "cluster" / "runs")]
+    submit = [sys.executable, "-m", "launcher.cli", "submit", config, "--address", "http://127.0.0.1:8265", *places]
+    done = cluster[0].run([*submit, *settings], timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, wanted = (results(tmp_path / name, "quickstart") for name in ("cluster", "single"))
+    for one in (found, wanted):
+        for reference in one["metrics"]["references"].values():
+            reference.pop("seconds")
+    assert found == wanted

@@ -71,7 +71,7 @@ def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("state", "code"), [("ok", 0), ("warning", 0), ("missing", 4)])
 def test_exit_code(monkeypatch: pytest.MonkeyPatch, state: str, code: int) -> None:
     check = Check("thing", state, "found this", "that", "mend it")
-    monkeypatch.setattr(doctor, "examine", lambda start_ray: [check])
+    monkeypatch.setattr(doctor, "examine", lambda **options: [check])
     done = CliRunner().invoke(app, ["doctor", "--json"])
     assert done.exit_code == code
     assert json.loads(done.output) == [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from genrec_dist.config import DeepspeedConfig, RuntimeConfig
@@ -71,6 +72,17 @@ def steps_job(worker: Worker, folder: Path) -> None:
             if worker.is_main:
                 for label, state in results.items():
                     save_file(state, folder / f"{name}-{kind}-{label}.safetensors")
+
+
+def two_worlds_job(worker: Worker) -> None:
+    """Train, leave the group of processes, and train in a new one: the same losses."""
+    losses = []
+    for _ in range(2):
+        task = make_task("generator", worker)
+        losses.append(take_steps(task, make("zero2", task, worker), worker, 0, HALF))
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert losses[0] == losses[1]
 
 
 def gather_job(worker: Worker, folder: Path) -> None:

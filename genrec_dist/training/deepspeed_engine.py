@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,9 @@ class DeepSpeedEngine(StepByParts):
         runtime: stage, offload, DeepSpeed's sizes.
     """
 
+    _world: ClassVar[dist.ProcessGroup | None] = None
+    """Of the last engine."""
+
     def __init__(self, model: nn.Module, config: OptimConfig, worker: Worker, runtime: RuntimeConfig) -> None:
         if worker.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -69,6 +72,7 @@ class DeepSpeedEngine(StepByParts):
         if worker.world_size == 1 and not dist.is_initialized():  # a plain process: a group of its own
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        self._forget_other_worlds()
         self.settings = deepspeed_settings(config, worker, runtime)
         self.flat = FlatLayers(transformer_layers(model), resharded=self.zero_stage == 3)
         if "torch_autocast" in self.settings:
@@ -88,6 +92,14 @@ class DeepSpeedEngine(StepByParts):
                 deepspeed.zero.register_external_parameter(self.model, named[name])
         if self.zero_stage:
             self._make_moments()
+
+    def _forget_other_worlds(self) -> None:
+        """DeepSpeed keeps its groups for good; where others ended the world that they belong to, they are no use."""
+        from deepspeed.utils import groups
+
+        if DeepSpeedEngine._world is not dist.group.WORLD:
+            groups._release_process_group_references()
+            DeepSpeedEngine._world = dist.group.WORLD
 
     def _make_moments(self) -> None:
         """ZeRO makes and links the Adam moments at its first step; a checkpoint may be read or written before it."""

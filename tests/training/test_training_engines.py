@@ -9,7 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from genrec_dist.config import OptimConfig, RuntimeConfig
 from genrec_dist.generator.transformer import checkpoint_activations
-from genrec_dist.testing.engine_steps import HALF, STEPS, continue_from, make_task, steps_job, take_steps, train_halves
+from genrec_dist.testing.engine_steps import (
+    HALF,
+    STEPS,
+    continue_from,
+    make_task,
+    steps_job,
+    take_steps,
+    train_halves,
+    two_worlds_job,
+)
 from genrec_dist.testing.parity import without_key_bias
 from genrec_dist.testing.processes import run_processes
 from genrec_dist.testing.tiny import tiny_optim
@@ -264,3 +273,7 @@ def test_settings_that_contradict_each_other_are_refused():
     ):
         with pytest.raises(ValidationError):
             RuntimeConfig(**wrong)
+
+
+def test_an_engine_of_a_new_world_takes_no_group_of_the_old_one():
+    run_processes(two_worlds_job, 1)

@@ -116,10 +116,12 @@ Encoders = Annotated[
     ),
 ]
 SharedStore = Annotated[
-    str | None, typer.Option("--store", envvar="GENREC_STORE", help="Artifact store that all nodes see: path or URL.")
+    str | None,
+    typer.Option("--store", envvar="GENREC_STORE", help="Artifact store that all nodes see: path or s3:// URL."),
 ]
 SharedRuns = Annotated[
-    str | None, typer.Option("--runs", envvar="GENREC_RUNS", help="Folder of all runs that all nodes see.")
+    str | None,
+    typer.Option("--runs", envvar="GENREC_RUNS", help="Place of all runs that all nodes see: path or s3:// URL."),
 ]
 ADDRESS_HELP = "Jobs API of the cluster, http://HOST:8265."
 Address = Annotated[
@@ -309,7 +311,7 @@ def submit(
     from launcher import submit as work
 
     resolved = work.resolve(config, settings, name)
-    places = {"store": work.shared_folder(store, "--store", url=True), "runs": work.shared_folder(runs, "--runs")}
+    places = {"store": work.shared_place(store, "--store"), "runs": work.shared_place(runs, "--runs")}
     if render is not None:
         from launcher.submit_render import render_files
 

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from genrec_dist.artifacts.places import is_url, parse_url
 from genrec_dist.config import Config, load_config
 from genrec_dist.errors import ClusterError, ConfigError
 from launcher import torchrun
@@ -52,19 +53,21 @@ def resolve(config: Path, settings: list[str] | None, name: str | None) -> Confi
     return for_cluster(resolved)
 
 
-def shared_folder(value: str | None, option: str, url: bool = False) -> str:
-    """Check a folder that the cluster's nodes see.
+def shared_place(value: str | None, option: str) -> str:
+    """Check a folder that the cluster's nodes see, or a place in a bucket.
 
     Raises:
-        ConfigError: none given, or a path that means another folder on every machine.
+        ConfigError: none given, a path that means another folder on every machine, or no S3 URL.
     """
-    if value and ((url and re.match(r"[a-z][a-z0-9+.-]*://[^/@]+(/|$)", value)) or PurePosixPath(value).is_absolute()):
+    if value and is_url(value):
+        return str(parse_url(value, option))
+    if value and PurePosixPath(value).is_absolute():
         return value
     raise ConfigError(
         "the cluster's nodes need a folder that all of them see",
         where=option,
-        got="nothing" if not value else "a URL with a password" if "@" in value else value,
-        expected="an absolute path on the cluster's shared file system" + (", or a URL" if url else ""),
+        got=value or "nothing",
+        expected="an absolute path on the cluster's shared file system, or s3://BUCKET/PREFIX",
         fix=f"give {option}, or set GENREC_{option.strip('-').upper()}",
     )
 

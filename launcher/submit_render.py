@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from genrec_dist import __version__
 from genrec_dist.artifacts.files import write_atomic
+from genrec_dist.artifacts.places import folder_only, is_url
 from genrec_dist.config import Config, RuntimeConfig, dump_config
 from genrec_dist.errors import ConfigError
 from launcher.submit import STOP_MARGIN_SECONDS, command_of
@@ -88,12 +89,12 @@ def kuberay(config: Config, store: str, runs: str, folder: Path, image: str | No
         ConfigError: a folder that is not on the volume that the pods mount.
     """
     for option, value in (("--store", store), ("--runs", runs)):
-        if "://" not in value and not PurePosixPath(value).is_relative_to(SHARED):
+        if not is_url(value) and not PurePosixPath(value).is_relative_to(SHARED):
             raise ConfigError(
                 "the pods see no such folder",
                 where=option,
                 got=value,
-                expected=f"a folder below {SHARED}, where the volume is mounted, or a URL",
+                expected=f"a folder below {SHARED}, where the volume is mounted, or s3://BUCKET/PREFIX",
             )
     name = kubernetes_name(config.name)
     policy, cluster = _documents("kuberay/raycluster.yaml")
@@ -194,8 +195,13 @@ def kubernetes_name(name: str) -> str:
 
 
 def slurm(config: Config, store: str, runs: str, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The script of cluster/slurm with the run's settings; the script itself sets the address of its Ray."""
+    """The script of cluster/slurm with the run's settings; the script itself sets the address of its Ray.
+
+    Raises:
+        ConfigError: the runs are in a bucket; the job keeps Ray's token in their folder.
+    """
     runtime = config.runtime
+    folder_only(runs, "--runs")
     text = template("slurm/genrec.sbatch")
     for start, value in {
         "#SBATCH --job-name=": config.name,

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from genrec_dist.artifacts.files import read_json, read_jsonl
+from genrec_dist.runs import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,10 +42,13 @@ runtime: {engine: torch, num_threads: 1, progress_seconds: 0.5}
 """
 
 
+S3_SECRET = secrets.token_hex(20)
+
+
 class Head:
     """A Ray head in processes of its own, and the command line of somebody outside."""
 
-    def __init__(self, folder: Path, temp: str) -> None:
+    def __init__(self, folder: Path, temp: str, s3_server: str) -> None:
         self.folder, self.temp, self.token = folder, temp, secrets.token_hex(32)
         self.token_file = folder / "token"
         self.token_file.write_text(self.token)
@@ -60,6 +64,11 @@ class Head:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "HOME": str(folder),
             "OMP_NUM_THREADS": "1",
+            "AWS_ENDPOINT_URL_S3": s3_server,
+            "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+            "AWS_SECRET_ACCESS_KEY": S3_SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "GENREC_CACHE": str(folder / "cache"),
         }
         self.environment.pop("PYTHONPATH", None)
         self.start()
@@ -104,10 +113,10 @@ class Head:
         )
         return self.last
 
-    def submit(self, config: str, name: str, *words: str, **environment: str | None):
+    def submit(self, config: str, name: str, *words: str, root: str | None = None, **environment: str | None):
         file = self.folder / f"{name}.yaml"
         file.write_text(config)
-        places = ("--store", str(self.folder / "store"), "--runs", str(self.folder / "runs"))
+        places = [word for kind in ("store", "runs") for word in (f"--{kind}", f"{root or self.folder}/{kind}")]
         return self.genrec("submit", str(file), *places, *words, **environment)
 
     def status(self, job: str) -> dict:
@@ -115,9 +124,9 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory) -> Iterator[Head]:
+def head(tmp_path_factory, s3_server) -> Iterator[Head]:
     temp = tempfile.mkdtemp(prefix="gr-", dir="/tmp")  # short: Ray's sockets lie below it
-    made = Head(tmp_path_factory.mktemp("head"), temp)
+    made = Head(tmp_path_factory.mktemp("head"), temp, s3_server)
     yield made
     made.stop()
     shutil.rmtree(temp, ignore_errors=True)
@@ -138,6 +147,19 @@ def test_submitted_run_succeeds_and_a_second_one_reuses(head):
     assert events.count("run_finished") == 2
     assert events.count("stage_built") == events.count("stage_reused") == 2
     assert head.status("tiny-2")["exit_code"] == 0
+
+
+def test_a_run_in_a_bucket_goes_on_where_the_cache_is_empty(head, s3):
+    done = head.submit(TINY, "far", root=s3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.rmtree(head.folder / "cache")
+    again = head.submit(TINY, "far", root=s3)
+    assert again.returncode == 0, again.stdout + again.stderr
+    run = RunFolder.existing(f"{s3}/runs", "far")  # into the cache of this test
+    assert read_json(run.path / "metrics.json")["main"]
+    events = [event["event"] for event in run.events()]
+    assert events.count("run_finished") == 2
+    assert events.count("stage_built") == events.count("stage_reused") == 2
 
 
 def test_the_exit_code_of_a_failed_run_comes_through(head):

@@ -126,7 +126,10 @@ def test_a_failed_run_ends_the_command_with_its_code(monkeypatch, small):
         (["--store", "store"], "--store"),
         (["--store", "s3://key:secret@bucket"], "--store"),
         (["--runs", "runs"], "--runs"),
-        (["--runs", "s3://bucket/runs"], "--runs"),
+        (["--store", "gs://bucket/store"], "--store"),
+        (["--runs", "s3://bucket"], "--runs"),
+        (["--runs", "s3://bucket/../runs"], "--runs"),
+        (["--runs", "s3://bucket/runs", "--render", "slurm"], "--runs"),
         (["--address", "head:8265"], "--address"),
         (["--image", "x", "--render", "slurm"], "--image"),
     ],
@@ -145,7 +148,7 @@ def test_folders_and_address_are_asked_for(monkeypatch, small):
     assert "--store" in call("submit", small, "--address", ADDRESS).output
     assert "--address" in call("submit", small, "--store", "/s", "--runs", "/r").output
     monkeypatch.setenv("GENREC_STORE", "s3://bucket/store")
-    monkeypatch.setenv("GENREC_RUNS", "/r")
+    monkeypatch.setenv("GENREC_RUNS", "s3://bucket/runs")
     assert call("submit", small, "--address", ADDRESS).exit_code == 0
 
 

@@ -169,7 +169,7 @@ def test_checks_find_what_is_wrong():
     assert "--sett" not in options_of(command_of(["run"])[0])
     assert KEY.findall("fusion.dims") == ["fusion.dims"]
     assert "fusion.dims" not in known_keys()
-    assert KEY.findall("genrec_dist.catalog.describe and genrec_dist/config.py") == []
+    assert KEY.findall("genrec_dist.catalog.describe and genrec_dist/pipeline.py") == []
     assert anchors("# Where we differ from the paper\n") == {"where-we-differ-from-the-paper"}
 
 

@@ -12,7 +12,7 @@ import typer
 from genrec_dist import __version__
 from launcher import data_commands, job_commands, study_commands
 from launcher.console import guarded, out, print_json
-from launcher.options import RUNS, STORE, AsJson, ConfigPath, Overrides, RunName, RunsPath, StorePath
+from launcher.options import RUNS, STORE, AsJson, ConfigPath, Device, Overrides, RunName, RunsPath, StorePath
 
 app = typer.Typer(
     name="genrec",
@@ -38,6 +38,13 @@ class Resume(StrEnum):
     auto = "auto"
     require = "require"
     never = "never"
+
+
+class Split(StrEnum):
+    """Held-out items."""
+
+    test = "test"
+    valid = "valid"
 
 
 def _version(wanted: bool) -> None:
@@ -186,7 +193,7 @@ def recommend(
         str, typer.Option("--history", metavar="ID,ID,...", help="Item ids, oldest first.", show_default=False)
     ],
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Number of items.")] = 10,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[Device, typer.Option("--device", help="Where it is computed.")] = Device.auto,
     json: AsJson = False,
     runs: RunsPath = RUNS,
 ) -> None:
@@ -194,11 +201,32 @@ def recommend(
     from genrec_dist.runs import RunFolder
     from launcher.results import recommend_items, show_recommendations
 
-    items = recommend_items(RunFolder.existing(runs, run), history, top_k, device)
+    items = recommend_items(RunFolder.existing(runs, run), history, top_k, device.value)
     if json:
         print_json(items)
     else:
         show_recommendations(items, out())
+
+
+@app.command()
+@guarded
+def diagnose(
+    run: RunName,
+    users: Annotated[int, typer.Option("--users", min=0, help="Drawn with the run's seed; 0: all.")] = 1000,
+    split: Annotated[Split, typer.Option("--split", help="Held-out item that is looked for.")] = Split.test,
+    device: Annotated[Device, typer.Option("--device", help="Where it is computed.")] = Device.auto,
+    json: AsJson = False,
+    runs: RunsPath = RUNS,
+) -> None:
+    """Where a generator loses its users' next items: Stage I, the code of each level, the beam."""
+    from genrec_dist.runs import RunFolder
+    from launcher.diagnose import examine, show_diagnosis
+
+    found = examine(RunFolder.existing(runs, run), users, split.value, device.value, None if json else out())
+    if json:
+        print_json(found)
+    else:
+        show_diagnosis(found, out())
 
 
 @app.command()

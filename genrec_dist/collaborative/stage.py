@@ -7,6 +7,8 @@ curves.jsonl, summary.json and similarity.json (equations 9 and 10, Table 4). Ov
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -127,10 +129,7 @@ def build_fusion(context: StageContext, settings: dict) -> None:
     launch(train_fusion, context, settings)
     config = FusionConfig.model_validate(settings["fusion"])
     semantic = read_embeddings(context.inputs["semantic"])
-    state = load_file(context.out / "model.safetensors")
-    model = FusionModel(config, torch.from_numpy(semantic))
-    model.load_state_dict(state, strict=True)
-    model.eval()
+    model = load_fusion(config, semantic, context.out)
     with torch.no_grad():
         collaborative, adapted, _ = (table.detach() for table in model.items())
     naive = concat_pca(semantic, collaborative.numpy())
@@ -145,6 +144,25 @@ def build_fusion(context: StageContext, settings: dict) -> None:
         (context.out / name).mkdir(exist_ok=True)
         write_embeddings(context.out / name, table.numpy())
     _write_similarity(context, config, semantic, collaborative.numpy(), integrated, naive)
+
+
+def as_trained(config: FusionConfig) -> FusionConfig:
+    """The section as its model is trained: concatenation and the collaborative arm never see the text."""
+    if config.mode == "joint":
+        return config
+    return config.model_copy(update={"item_input": "collaborative", "align_weight": 0.0})
+
+
+def load_fusion(config: FusionConfig, semantic: np.ndarray, folder: Path) -> FusionModel:
+    """The trained Stage I of a finished artifact, in eval mode.
+
+    Args:
+        semantic: embeddings that it was trained with, (num_items, semantic_dim).
+        folder: of the artifact, which was not trained over partitions.
+    """
+    model = FusionModel(as_trained(config), torch.from_numpy(semantic))
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return model.eval()
 
 
 def build_sharded_fusion(context: StageContext, settings: dict) -> None:
@@ -171,13 +189,8 @@ def _write_similarity(context: StageContext, config: FusionConfig, semantic, col
 
 
 def train_fusion(worker: Worker, context: StageContext, settings: dict) -> None:
-    """Worker function: train Stage I; worker 0 writes model.safetensors and summary.json.
-
-    The naive concatenation and the collaborative arm take their table from a model that never sees the text.
-    """
-    config = FusionConfig.model_validate(settings["fusion"])
-    if config.mode != "joint":
-        config.item_input, config.align_weight = "collaborative", 0.0
+    """Worker function: train Stage I; worker 0 writes model.safetensors and summary.json."""
+    config = as_trained(FusionConfig.model_validate(settings["fusion"]))
     sequences = Catalog(context.inputs["catalog"], settings["order"]).sequences
     semantic = torch.from_numpy(read_embeddings(context.inputs["semantic"]))
     task = FusionTask(config, sequences, semantic, worker, settings["seed"], settings["validation_users"])

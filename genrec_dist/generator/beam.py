@@ -11,10 +11,10 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 
+from genrec_dist.generator.attention import KeyValue
 from genrec_dist.generator.child_scores import NEG
 from genrec_dist.generator.heads import DeviceTrie, Head
 from genrec_dist.generator.search_tables import SearchTables
-from genrec_dist.generator.transformer import KeyValue
 
 EXACT_TOKENS = 1 << 17
 """Tokens of a pass of the exact scorer at most."""
@@ -207,13 +207,28 @@ def exact_log_probabilities(
     tables: SearchTables | None = None,
     times: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Log-probability of every item for every user: the whole tree, teacher-forced, no cache, no pruning.
-
-    The reference that beam search is checked against; cost grows with the number of nodes that have a choice of
-    children (an only child has the probability of its parent).
+    """Log-probability of every item for every user: the reference that beam search is checked against.
 
     Shapes:
         history: (B, S). Returns (B, num_items) float32; exp sums to 1 for each user.
+    """
+    return node_log_probabilities(model, history, mask, tables, times)[:, model.trie.item_path[:, -1]]
+
+
+def node_log_probabilities(
+    model: CodeGenerator,
+    history: torch.Tensor,
+    mask: torch.Tensor,
+    tables: SearchTables | None = None,
+    times: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Log-probability of every prefix of codes for every user: the whole tree, teacher-forced, no cache, no pruning.
+
+    Cost grows with the number of nodes that have a choice of children (an only child has the probability of its
+    parent).
+
+    Shapes:
+        history: (B, S). Returns (B, num_nodes) float32; exp of a node is the sum over its children.
     """
     trie, batch, device = model.trie, len(history), history.device
     tables = SearchTables(model) if tables is None else tables
@@ -242,8 +257,7 @@ def exact_log_probabilities(
         inner = below[keep]
         if not len(inner):
             break
-    leaf = trie.item_path[:, -1]
-    return log_p[:, leaf]
+    return log_p
 
 
 def _path_states(

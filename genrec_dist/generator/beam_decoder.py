@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genrec_dist.generator.attention import KeyValue
 from genrec_dist.generator.model import Generator, Memory
-from genrec_dist.generator.transformer import DecoderLayer, KeyValue
+from genrec_dist.generator.transformer import DecoderLayer
 
 if TYPE_CHECKING:
     from genrec_dist.generator.beam import CodeGenerator

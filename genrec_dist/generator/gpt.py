@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from genrec_dist.config import GptConfig
+from genrec_dist.generator.attention import KeyValue
 from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, item_nats, node_means
-from genrec_dist.generator.transformer import AddNorm, CausalLayer, KeyValue, init_weights, scale_residuals
+from genrec_dist.generator.transformer import AddNorm, CausalLayer, init_weights, scale_residuals
 from genrec_dist.identifiers.trie import Trie
 
 

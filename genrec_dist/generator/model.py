@@ -24,12 +24,12 @@ from genrec_dist.collaborative.losses import (
     similarity,
 )
 from genrec_dist.config import GeneratorConfig
+from genrec_dist.generator.attention import KeyValue
 from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, item_nats, node_means
 from genrec_dist.generator.transformer import (
     AddNorm,
     DecoderLayer,
     EncoderLayer,
-    KeyValue,
     init_weights,
     scale_residuals,
 )

@@ -32,10 +32,6 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
         DataError: an item id is not in the run's catalog, or there is none.
     """
     config = run.config()
-    if config.method not in GENERATIVE:
-        raise ConfigError(
-            "run has no generator", where=run.path, got=config.method, expected=f"method {', '.join(GENERATIVE)}"
-        )
     if top_k < 1:
         raise ConfigError("not a number of items", where="--top-k", got=top_k, expected="at least 1")
     catalog = Catalog(run.artifact("catalog"), config.catalog.order)
@@ -49,7 +45,7 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
             expected=f"item ids of {run.artifact('catalog')}/items.parquet",
         )
     target = pick_device(device)
-    model = _load(config, run, target)
+    model = load_generator(run, config, target)
     seen = [index[item] for item in history]
     recent = torch.tensor([seen[-model.max_history :]], device=target)
     width = min(max(config.evaluation.beam_width, top_k + len(set(seen))), model.trie.num_items)
@@ -63,7 +59,16 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
     return ranked[:top_k]
 
 
-def _load(config: Config, run: RunFolder, device: torch.device) -> CodeGenerator:
+def load_generator(run: RunFolder, config: Config, device: torch.device) -> CodeGenerator:
+    """The trained generator of a run, in eval mode.
+
+    Raises:
+        ConfigError: the run's method has none.
+    """
+    if config.method not in GENERATIVE:
+        raise ConfigError(
+            "run has no generator", where=run.path, got=config.method, expected=f"method {', '.join(GENERATIVE)}"
+        )
     identifiers = run.artifact("identifiers")
     if config.method == "prorec":
         return load_model(config.generator, run.artifact("fusion"), identifiers, run.artifact("generator")).to(device)

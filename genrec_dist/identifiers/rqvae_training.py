@@ -18,8 +18,9 @@ from genrec_dist.identifiers.rqvae import RqVae
 from genrec_dist.identifiers.tables import Tables
 from genrec_dist.pipeline import StageContext
 from genrec_dist.training.engine import TorchEngine
-from genrec_dist.training.loop import local_part, train
+from genrec_dist.training.loop import train
 from genrec_dist.training.order import BatchOrder, permute
+from genrec_dist.training.schedule import local_part
 from genrec_dist.training.worker import Worker, exact_products
 
 MONITOR = "explained"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from genrec_dist.config import DeepspeedConfig, RuntimeConfig
 from genrec_dist.testing.tiny_tasks import ENGINES, TASKS, make
 from genrec_dist.training.engine import State, make_engine
-from genrec_dist.training.loop import learning_rate
+from genrec_dist.training.schedule import learning_rate
 from genrec_dist.training.worker import Worker
 
 HALF, STEPS = 4, 8

@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from genrec_dist.generator.transformer import Attention, DecoderLayer, EncoderLayer
+from genrec_dist.generator.attention import Attention
+from genrec_dist.generator.transformer import DecoderLayer, EncoderLayer
 
 
 def reference_attention(attention: Attention) -> nn.MultiheadAttention:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
 
+from genrec_dist.generator.attention import KeyValue
 from genrec_dist.generator.heads import DeviceTrie, PerLevelHead
-from genrec_dist.generator.transformer import KeyValue
 from genrec_dist.identifiers.trie import Trie
 
 FIRST_CODE = 2

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from genrec_dist.catalog.dataset import Sequences
-from genrec_dist.training.loop import local_part
 from genrec_dist.training.order import BatchOrder
 from genrec_dist.training.samples import HistorySamples, Indices, RowSamples, prefix_samples, row_samples, send
+from genrec_dist.training.schedule import local_part
 from genrec_dist.training.spans import Lengths
 from genrec_dist.training.worker import Worker
 

@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from genrec_dist.artifacts.embeddings import write_embeddings
 from genrec_dist.artifacts.files import read_json, write_json
-from genrec_dist.artifacts.store import MANIFEST, write_manifest
-from genrec_dist.artifacts.tensors import save_tensors
+from genrec_dist.artifacts.store import MANIFEST
 from genrec_dist.catalog.dataset import Catalog
-from genrec_dist.config import Config, EvaluationConfig
+from genrec_dist.config import Config
 from genrec_dist.errors import ArtifactError
 from genrec_dist.generator.beam import beam_search
 from genrec_dist.generator.export import load_exported
@@ -26,15 +24,8 @@ from genrec_dist.generator.gpt_stage import load_gpt
 from genrec_dist.generator.stage import load_model
 from genrec_dist.runs import RunFolder
 from genrec_dist.testing.faults import flip_byte
-from genrec_dist.testing.tiny import (
-    tiny_embeddings,
-    tiny_generator,
-    tiny_gpt,
-    tiny_histories,
-    tiny_sequences,
-    tiny_trie,
-    write_tiny_catalog,
-)
+from genrec_dist.testing.tiny import tiny_histories, tiny_trie
+from genrec_dist.testing.tiny_runs import tiny_run
 from launcher.cli import app
 
 NUM_ITEMS = 25
@@ -65,28 +56,9 @@ for folder in map(Path, sys.argv[1:]):
 
 
 def make_run(root: Path, case: str) -> RunFolder:
-    """A finished run whose artifacts are tiny; the generator has random weights."""
+    """A finished run whose generator has random weights."""
     method, settings = CASES[case]
-    prorec = method == "prorec"
-    model = (tiny_generator if prorec else tiny_gpt)(TRIE, seed=3, **settings)
-    section = "generator" if prorec else "gpt"
-    folders = {name: root / "store" / name for name in ("catalog", "fusion", "identifiers", section)}
-    write_tiny_catalog(folders["catalog"], tiny_sequences(30, NUM_ITEMS, shortest=4))
-    TRIE.save(folders["identifiers"])
-    table = folders["fusion" if prorec else "identifiers"]
-    table.mkdir(parents=True, exist_ok=True)
-    write_embeddings(table, tiny_embeddings(NUM_ITEMS, seed=3))
-    folders[section].mkdir()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    save_tensors(trained, folders[section] / "model.safetensors")
-    run = RunFolder(root / "runs", case)
-    evaluation = EvaluationConfig(beam_width=20, mix_weight=0.3)
-    run.create(Config(name=case, method=method, evaluation=evaluation, **{section: model.config}), [])
-    for title, folder in folders.items():
-        if folder.exists():
-            write_manifest(folder, {"stage": title, "key": "0"})
-            run.link(title, title, f"key-of-{title}", folder)
-    return run
+    return tiny_run(root, case, TRIE, method, **settings)
 
 
 def model_of(run: RunFolder):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genrec_dist.generator.transformer import Attention, DecoderLayer, EncoderLayer
+from genrec_dist.generator.attention import Attention
+from genrec_dist.generator.transformer import DecoderLayer, EncoderLayer
 from genrec_dist.testing.parity import reference_attention, reference_decoder_layer, reference_encoder_layer
 from genrec_dist.testing.tiny import randomise
 

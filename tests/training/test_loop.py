@@ -17,8 +17,9 @@ from genrec_dist.pipeline import StageContext
 from genrec_dist.testing.faults import FaultyTask, InjectedFault, truncate
 from genrec_dist.testing.tiny import tiny_optim
 from genrec_dist.testing.tiny_tasks import TASKS, make, sasrec_task
-from genrec_dist.training.loop import learning_rate, local_part, train
+from genrec_dist.training.loop import train
 from genrec_dist.training.meter import MEASURED
+from genrec_dist.training.schedule import learning_rate, local_part
 from genrec_dist.training.worker import Worker
 
 torch.set_num_threads(1)

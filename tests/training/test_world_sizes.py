@@ -11,7 +11,7 @@ from genrec_dist.testing.parity import without_key_bias
 from genrec_dist.testing.processes import run_processes
 from genrec_dist.testing.tiny_tasks import TASKS
 from genrec_dist.testing.world_sizes import PARTS, Phase, phase_job
-from genrec_dist.training.loop import parts_of
+from genrec_dist.training.schedule import parts_of
 from genrec_dist.training.worker import Worker
 
 torch.set_num_threads(1)

@@ -32,6 +32,7 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
         DataError: an item id is not in the run's catalog, or there is none.
     """
     config = run.config()
+    _check_method(run, config)
     if top_k < 1:
         raise ConfigError("not a number of items", where="--top-k", got=top_k, expected="at least 1")
     catalog = Catalog(run.artifact("catalog"), config.catalog.order)
@@ -65,11 +66,15 @@ def load_generator(run: RunFolder, config: Config, device: torch.device) -> Code
     Raises:
         ConfigError: the run's method has none.
     """
-    if config.method not in GENERATIVE:
-        raise ConfigError(
-            "run has no generator", where=run.path, got=config.method, expected=f"method {', '.join(GENERATIVE)}"
-        )
+    _check_method(run, config)
     identifiers = run.artifact("identifiers")
     if config.method == "prorec":
         return load_model(config.generator, run.artifact("fusion"), identifiers, run.artifact("generator")).to(device)
     return load_gpt(config.gpt, identifiers, run.artifact("gpt")).to(device)
+
+
+def _check_method(run: RunFolder, config: Config) -> None:
+    if config.method not in GENERATIVE:
+        raise ConfigError(
+            "run has no generator", where=run.path, got=config.method, expected=f"method {', '.join(GENERATIVE)}"
+        )

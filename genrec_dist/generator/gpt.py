@@ -134,7 +134,8 @@ class GptGenerator(nn.Module):
 
         Args:
             batch: history, targets (B, S) int64 and mask (B, S) bool, right-padded; count, targets of the global batch
-                over the number of workers. The items of a row are history[0], targets.
+                over the number of workers. The items of a row are history[0], targets. `rows`, a number: places of the
+                loss on a worker with padding, the same on all workers; where there is none, the count is taken.
 
         Returns:
             loss, and of it (detached) loss_level_1, loss_level_2, ...
@@ -150,7 +151,7 @@ class GptGenerator(nn.Module):
             hidden, item = hidden[valid], items[valid]
             depth = self.trie.depth[item]
         path = self.trie.item_path[item]
-        table = self.head.table(batch["count"]) if isinstance(self.head, ChildHead) else None
+        table = self.head.table(batch.get("rows", batch["count"])) if isinstance(self.head, ChildHead) else None
         losses = code_losses(self.head, self.trie, hidden, path, depth, self.config.label_smoothing, table)
         total = torch.stack(losses).sum() / batch["count"]
         by_level = {f"loss_level_{level}": loss.detach() / batch["count"] for level, loss in enumerate(losses, 1)}

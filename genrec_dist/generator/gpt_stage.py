@@ -31,7 +31,7 @@ from genrec_dist.training.engine import make_engine
 from genrec_dist.training.launch import launch
 from genrec_dist.training.loop import train
 from genrec_dist.training.samples import holdout_samples
-from genrec_dist.training.tasks import RowBatches
+from genrec_dist.training.tasks import RowBatches, steady
 from genrec_dist.training.worker import Worker
 
 
@@ -95,7 +95,10 @@ class GptTask:
         self.valid, _ = holdout_samples(sequences, config.max_history, "valid", worker.device)
 
     def batch(self, indices: np.ndarray, worker: Worker) -> dict:
-        return self.batches.local(indices, worker)
+        batch = steady(self.batches.local(indices, worker), worker)
+        if worker.device.type == "cuda":  # the model's host code must not ask the device for the count
+            batch["rows"] = len(indices) * self.batches.samples.width / worker.world_size
+        return batch
 
     @property
     def prefetch_depth(self) -> int:

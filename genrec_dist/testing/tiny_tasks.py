@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
+
+import torch
 
 from genrec_dist.baselines.hstu_stage import HstuTask
 from genrec_dist.baselines.sasrec import SasrecTask
-from genrec_dist.config import DeepspeedConfig, HstuConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.collaborative.stage import FusionTask
+from genrec_dist.config import DeepspeedConfig, FusionConfig, HstuConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.generator.gpt_stage import GptTask
 from genrec_dist.generator.stage import GeneratorTask
-from genrec_dist.testing.tiny import tiny_generator, tiny_optim, tiny_sequences, tiny_trie
+from genrec_dist.testing.tiny import (
+    tiny_embeddings,
+    tiny_generator,
+    tiny_gpt,
+    tiny_optim,
+    tiny_sequences,
+    tiny_trie,
+)
 from genrec_dist.training.deepspeed_engine import DeepSpeedEngine
 from genrec_dist.training.engine import Engine, TorchEngine
 from genrec_dist.training.worker import Worker
@@ -42,12 +54,36 @@ def generator_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTa
         dropout=dropout,
         distill_negatives=5,
         optim=tiny_optim(**optim),
-    )
+    ).to(worker.device)
     settings = {"seed": 0, "validation_beam": 10, "validation_users": 0, "mix_weight": 0.0}
     return GeneratorTask(model, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, settings)
 
 
+def gpt_task(worker: Worker, dropout: float = 0.0, **optim) -> GptTask:
+    """Decoder-only generator over 12 users, child head, a tree of uneven depth."""
+    trie = tiny_trie(NUM_ITEMS, 4, seed=1)
+    model = tiny_gpt(trie, spread=0.2, head="child", dropout=dropout, optim=tiny_optim(**optim)).to(worker.device)
+    settings = {"seed": 0, "validation_beam": 10, "validation_users": 0}
+    return GptTask(model, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, settings)
+
+
+def fusion_task(worker: Worker, backbone: Literal["din", "sasrec"], dropout: float = 0.0, **optim) -> FusionTask:
+    """Stage I over 12 users with alignment, full softmax, times."""
+    section = FusionConfig(
+        backbone=backbone, dim=8, num_heads=2, dropout=dropout, max_history=4, time_bumps=4, optim=tiny_optim(**optim)
+    )
+    semantic = torch.from_numpy(tiny_embeddings(NUM_ITEMS))
+    return FusionTask(section, tiny_sequences(12, NUM_ITEMS, shortest=4), semantic, worker, seed=0, users=0)
+
+
 TASKS: dict[str, Callable[..., Any]] = {"sasrec": sasrec_task, "generator": generator_task}
+CAPTURED = TASKS | {
+    "hstu": hstu_task,
+    "gpt": gpt_task,
+    "fusion_din": partial(fusion_task, backbone="din"),
+    "fusion_sasrec": partial(fusion_task, backbone="sasrec"),
+}
+"""Every model whose steps a GPU can capture."""
 
 
 def make(kind: str, task, worker: Worker, **runtime) -> Engine:

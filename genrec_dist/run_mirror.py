@@ -1,24 +1,27 @@
 """A run folder's copy in an S3 bucket: pushed while the run goes on, pulled where somebody asks for it.
 
-Every file is one object, put whole, so a reader sees an older or a newer one and never a part. What a run leaves is for
-people and reports; artifacts and unfinished builds have their own rules (artifacts/cached_store.py, snapshots.py).
+Every file is one object, put whole, so a reader sees an older or a newer one and never a part. `.pushed`, a word that
+is new with every push, comes last: who has copied everything up to it keeps it, and is as new while the bucket has the
+same. What a run leaves is for people and reports; artifacts and unfinished builds have their own rules
+(artifacts/cached_store.py, snapshots.py).
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from genrec_dist.artifacts.bucket import Bucket
-from genrec_dist.artifacts.files import read_jsonl
+from genrec_dist.artifacts.files import read_jsonl, write_atomic
 from genrec_dist.artifacts.places import is_inside, parse_url
 from genrec_dist.artifacts.store import ArtifactStore
 from genrec_dist.errors import GenrecError
 
-EVENTS = "events.jsonl"
+EVENTS, PUSHED = "events.jsonl", ".pushed"
 
 
 class RunMirror:
@@ -37,7 +40,7 @@ class RunMirror:
     def push(self) -> None:
         """Put what changed since the last push, and remove what is gone."""
         with self._lock:
-            there = set()
+            there, changed = set(), False
             for file in sorted(self.folder.rglob("*")):
                 name = file.relative_to(self.folder).as_posix()
                 if file.name.startswith(".") or not file.is_file():
@@ -48,10 +51,15 @@ class RunMirror:
                 if self._sent.get(name) != stamp:
                     self.bucket.write(name, file.read_bytes())
                     self._sent[name] = stamp
+                    changed = True
             gone = set(self._sent) - there
             self.bucket.remove(gone)
             for name in gone:
                 del self._sent[name]
+            if changed or gone:
+                word = secrets.token_hex(8).encode()
+                self.bucket.write(PUSHED, word)
+                write_atomic(self.folder / PUSHED, word)
 
     def pull(self) -> None:
         """Bring the copy here unless the folder is as new, or a process of this machine works in it."""
@@ -65,18 +73,24 @@ class RunMirror:
 
     def pull_locked(self) -> None:
         """`pull` for the process that holds the folder."""
-        names = [name for name in self.bucket.names() if is_inside(name) and not Path(name).name.startswith(".")]
-        if EVENTS not in names:
+        pushed, known = self.bucket.read(PUSHED), self.folder / PUSHED
+        if pushed is None:
             return
+        names = [name for name in self.bucket.names() if is_inside(name) and not Path(name).name.startswith(".")]
+        if not known.exists() or known.read_bytes() != pushed[0]:
+            self._pull_newer(names)
+            write_atomic(known, pushed[0])
+        self._sent |= {name: self._sent.get(name, (-1, -1)) for name in names}
+
+    def _pull_newer(self, names: list[str]) -> None:
+        """Bring everything, unless more has happened in the folder than in the copy: then that is to be pushed."""
         incoming = self.folder / f".{EVENTS}.pulled"
         try:
-            self.bucket.download(EVENTS, incoming)
-            if _last(incoming) > _last(self.folder / EVENTS):
+            if self.bucket.download(EVENTS, incoming) and _last(incoming) >= _last(self.folder / EVENTS):
                 for name in names:
                     self._bring(name)
         finally:
             incoming.unlink(missing_ok=True)
-        self._sent |= {name: self._sent.get(name, (-1, -1)) for name in names}
 
     def _bring(self, name: str) -> None:
         target = self.folder / name

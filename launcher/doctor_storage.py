@@ -47,13 +47,17 @@ def bucket_check(option: str, place: str) -> Check:
         replaced = bucket.write(name, b"3", replacing=tag) if tag else None
         stale = bucket.write(name, b"4", replacing=tag) if tag else None
         listed = name in list(bucket.names("doctor-"))
+        bucket.remove([name])
+        left = bucket.read(name)
     finally:
         with contextlib.suppress(GenrecError):
             bucket.remove([name])
-    needed = "writes, reads, lists, and overwrites only as If-None-Match and If-Match allow"
+    needed = "writes, reads, lists, removes, and overwrites only as If-None-Match and If-Match allow"
     if again is not None or replaced is None or stale is not None:
         fix = "use a store with conditional writes: two writers could mix in this one"
         return Check(option, "missing", f"{place}: the server does not keep to conditions", needed, fix)
+    if left is not None:
+        return Check(option, "missing", f"{place}: an object cannot be removed", needed, "allow s3:DeleteObject")
     if found is None or found[0] != b"1" or not listed:
         return Check(option, "missing", f"{place}: an object does not come back as it was written", needed)
     return Check(option, "ok", place, needed)

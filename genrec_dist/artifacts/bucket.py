@@ -7,6 +7,7 @@ Needs the extra 's3'.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,7 +18,10 @@ from genrec_dist.artifacts.places import Url
 from genrec_dist.errors import ClusterError, ConfigError
 
 ABSENT = ("404", "NoSuchKey", "NotFound")
-REFUSED = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
+REFUSED = ("412", "PreconditionFailed")
+CONFLICT = ("409", "ConditionalRequestConflict")
+CONFLICT_TRIES, CONFLICT_SECONDS = 5, 0.2
+"""How often a conditional write is tried that met another one, and the pause before each further try."""
 REMOVED_AT_ONCE = 1000
 
 
@@ -35,10 +39,9 @@ class Bucket:
 
     def read(self, name: str) -> tuple[bytes, str] | None:
         """Bytes and tag of an object, None if there is none."""
-        with self._errors(name) as absent:
+        with self._errors(name, *ABSENT):
             answer = self._client.get_object(Bucket=self.url.bucket, Key=self._prefix + name)
             return answer["Body"].read(), answer["ETag"]
-        assert absent
         return None
 
     def write(self, name: str, data: bytes, *, new: bool = False, replacing: str | None = None) -> str | None:
@@ -51,13 +54,23 @@ class Bucket:
             replacing: only if the one that is there has this tag.
 
         Returns:
-            Its tag; None if the condition did not hold.
+            Its tag, also where an earlier try of this call got through and its answer was lost; None if the condition
+            did not hold. Writers whose bytes may be alike cannot be told apart.
         """
         condition = {"IfNoneMatch": "*"} if new else {"IfMatch": replacing} if replacing else {}
-        with self._errors(name):
-            answer = self._client.put_object(Bucket=self.url.bucket, Key=self._prefix + name, Body=data, **condition)
-            return answer["ETag"]
-        return None
+        expected = (*REFUSED, *CONFLICT, *(ABSENT if replacing else ())) if condition else ()
+        for tried in range(1, CONFLICT_TRIES + 1):
+            with self._errors(name, *expected) as refusal:
+                answer = self._client.put_object(
+                    Bucket=self.url.bucket, Key=self._prefix + name, Body=data, **condition
+                )
+                return answer["ETag"]
+            if refusal[0] not in CONFLICT:
+                there = self.read(name)
+                return there[1] if there is not None and there[0] == data else None
+            if tried < CONFLICT_TRIES:
+                time.sleep(CONFLICT_SECONDS * tried)
+        raise self._failure(name, refusal[0])
 
     def upload(self, file: Path, name: str) -> None:
         """Write a file's bytes, of any size."""
@@ -67,7 +80,7 @@ class Bucket:
     def download(self, name: str, file: Path) -> bool:
         """Read an object into a file; False if there is none."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        with self._errors(name):
+        with self._errors(name, *ABSENT):
             self._client.download_file(self.url.bucket, self._prefix + name, str(file))
             return True
         return False
@@ -93,7 +106,7 @@ class Bucket:
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object inside the store, if it is there."""
-        with self._errors(source):
+        with self._errors(source, *ABSENT):
             there = {"Bucket": self.url.bucket, "Key": self._prefix + source}
             self._client.copy(there, self.url.bucket, self._prefix + target)
 
@@ -103,20 +116,25 @@ class Bucket:
         with self._errors(""):
             for start in range(0, len(keys), REMOVED_AT_ONCE):
                 batch = {"Objects": keys[start : start + REMOVED_AT_ONCE], "Quiet": True}
-                self._client.delete_objects(Bucket=self.url.bucket, Delete=batch)
+                answer = self._client.delete_objects(Bucket=self.url.bucket, Delete=batch)
+                for failed in answer.get("Errors", ()):
+                    name = failed.get("Key", "").removeprefix(self._prefix)
+                    raise self._failure(name, f"not removed: {failed.get('Code')}")
 
     @contextmanager
-    def _errors(self, name: str) -> Iterator[bool]:
-        """Swallow what says that an object is absent or a condition did not hold; give other errors a type."""
+    def _errors(self, name: str, *expected: str) -> Iterator[list[str]]:
+        """Give errors a type; of a code that is expected, note it and go on behind the block."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
+        noted: list[str] = []
         try:
-            yield True
+            yield noted
         except ClientError as error:
             code = error.response.get("Error", {}).get("Code", "")
-            if code not in (*ABSENT, *REFUSED):
+            if code not in expected:
                 raise self._failure(name, code or "error") from error
+            noted.append(code)
         except (BotoCoreError, Boto3Error) as error:
             raise self._failure(name, f"{type(error).__name__}: {error}") from error
 
@@ -125,7 +143,7 @@ class Bucket:
             "the object store does not do what is asked",
             where=f"{self.url}/{name}",
             got=got,
-            expected="a bucket that may be listed, read and written",
+            expected="a bucket that may be listed and read, and whose objects may be written and removed",
             fix="check network, AWS_ENDPOINT_URL_S3 and credentials, `genrec doctor --store URL`; the same command "
             "continues",
         )

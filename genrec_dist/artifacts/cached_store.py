@@ -83,8 +83,11 @@ class CachedStore(ArtifactStore):
                 raise
             return super().open(stage, key)
 
-    def fetch(self, stage: str, key: str) -> bool:
+    def fetch(self, stage: str, key: str, replace: bool = False) -> bool:
         """Bring an artifact into the folder, all of it or nothing; False if the bucket has none.
+
+        Args:
+            replace: also where there is one; that goes to the folder's quarantine.
 
         Raises:
             ArtifactError: the one in the bucket is corrupt; it has been moved to quarantine.
@@ -93,7 +96,7 @@ class CachedStore(ArtifactStore):
         final.parent.mkdir(parents=True, exist_ok=True)
         with open(final.with_name(f".{key}.fetch.lock"), "w", encoding="ascii") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if super().exists(stage, key):  # another process was faster
+            if super().exists(stage, key) and not replace:  # another process was faster
                 return True
             found = self.bucket.read(_manifest(stage, key))
             if found is None:
@@ -105,7 +108,7 @@ class CachedStore(ArtifactStore):
             if problems:
                 shutil.rmtree(work)
                 raise self._corrupt(stage, key, found, problems)
-            if final.exists():  # a folder that lost its manifest
+            if final.exists():
                 super().quarantine(stage, key)
             os.replace(work, final)
             self._verified.add(final)
@@ -180,18 +183,26 @@ class CachedStore(ArtifactStore):
             self.tell("snapshot_failed", detail=str(error))
 
     def finish(self, stage: str, key: str, description: dict) -> Path:
+        self.snapshots.let_go(stage, key)  # the last one stays until the artifact is in the bucket
         folder = super().finish(stage, key, description)
         self.keep(stage, key)
         return folder
 
     def keep(self, stage: str, key: str) -> None:
-        """Upload an artifact that is finished here unless the bucket has it; then drop the snapshot of its build."""
+        """Make the bucket's artifact and the one that is finished here the same; then drop the snapshot of its build.
+
+        Uploads it unless the bucket has one; takes the bucket's where that holds other bytes, since artifacts that were
+        built from it are there, or will be.
+        """
         final = self.path(stage, key)
         if final in self._kept:
             return
-        if self.bucket.read(_manifest(stage, key)) is None:
+        found = self.bucket.read(_manifest(stage, key))
+        if found is None:
             self._publish(stage, key, final)
-        self.snapshots.forget(stage, key)
+        else:
+            self._adopt(stage, key, final, found)
+        self.snapshots.forget(stage, key, _work_folder(final))
         self._kept.add(final)
 
     def _publish(self, stage: str, key: str, folder: Path) -> None:
@@ -201,26 +212,40 @@ class CachedStore(ArtifactStore):
             list(pool.map(lambda name: self.bucket.upload(folder / name, f"{stage}/{key}/{upload}/{name}"), names))
         data = json.dumps({**record, "upload": upload}, indent=2).encode()
         won = self.bucket.write(_manifest(stage, key), data, new=True) is not None
-        loser = f"{stage}/{key}/{upload}/"
+        mine = f"{stage}/{key}/{upload}/"
         others = [n for n in self.bucket.names(f"{stage}/{key}/") if not n.endswith(f"/{MANIFEST}")]
         if won:  # what killed uploads left: only this upload can count now
-            self.bucket.remove([name for name in others if not name.startswith(loser)])
+            self.bucket.remove([name for name in others if not name.startswith(mine)])
             return
-        self.bucket.remove([name for name in others if name.startswith(loser)])
-        self._adopt(stage, key, record)
-
-    def _adopt(self, stage: str, key: str, mine: dict) -> None:
-        """Another machine finished the same artifact first: later stages have to read that one."""
+        self.bucket.remove([name for name in others if name.startswith(mine)])
         found = self.bucket.read(_manifest(stage, key))
-        same = found is not None and json.loads(found[0])["files"] == mine["files"]
-        self.tell("artifact_finished_elsewhere", stage=stage, key=key, same_bytes=same)
-        if not same:
-            super().quarantine(stage, key)
-            self.fetch(stage, key)
+        if found is None:  # and it was corrupt, and is gone
+            self._publish(stage, key, folder)
+        else:
+            self._adopt(stage, key, folder, found)
+
+    def _adopt(self, stage: str, key: str, folder: Path, found: tuple[bytes, str]) -> None:
+        """Another machine finished the same artifact first: later stages have to read that one."""
+        try:
+            same = json.loads(found[0])["files"] == read_json(folder / MANIFEST)["files"]
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if same:
+            return
+        self.tell("artifact_finished_elsewhere", stage=stage, key=key)
+        try:
+            self.fetch(stage, key, replace=True)
+        except ArtifactError as error:  # the other's is in quarantine now
+            self.tell("stored_artifact_corrupt", stage=stage, key=key, detail=str(error))
+            self._publish(stage, key, folder)
 
     def discard_building(self, stage: str, key: str) -> None:
         super().discard_building(stage, key)
-        self.snapshots.forget(stage, key)
+        self.snapshots.forget(stage, key, _work_folder(self.path(stage, key)))
+
+
+def _work_folder(final: Path) -> Path:
+    return final.with_name(f"{final.name}.building")
 
 
 def _manifest(stage: str, key: str) -> str:

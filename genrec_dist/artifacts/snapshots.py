@@ -65,7 +65,7 @@ class Build:
     @property
     def tag_file(self) -> Path:
         """Which SNAPSHOT.json the work folder is ahead of."""
-        return self.folder.with_name(f".{self.folder.name}.tag")
+        return _tag_file(self.folder)
 
 
 class Snapshots:
@@ -129,20 +129,16 @@ class Snapshots:
         return None
 
     def let_go(self, stage: str, key: str) -> None:
-        """The build is not made here any more."""
-        self._end(stage, key)
-
-    def _end(self, stage: str, key: str) -> None:
+        """The build is not made here any more; its snapshot stays as it is."""
         if (build := self._builds.get((stage, key))) is not None:
             build.over.set()
         with self._lock:  # once a snapshot under way has stopped
             self._builds.pop((stage, key), None)
 
-    def forget(self, stage: str, key: str) -> None:
-        """Remove the snapshot: SNAPSHOT.json first."""
-        if (build := self._builds.get((stage, key))) is not None:
-            build.tag_file.unlink(missing_ok=True)
-        self._end(stage, key)
+    def forget(self, stage: str, key: str, folder: Path) -> None:
+        """Remove the snapshot of the build that was made in `folder`: SNAPSHOT.json first."""
+        self.let_go(stage, key)
+        _tag_file(folder).unlink(missing_ok=True)
         self.bucket.remove([_name(stage, key, SNAPSHOT)])
         self.bucket.remove(self.bucket.names(_name(stage, key, "")))
 
@@ -155,6 +151,8 @@ class Snapshots:
         shutil.rmtree(build.links, ignore_errors=True)
         try:
             links = dict(_freeze(build.folder, build.links))
+            if not build.folder.is_dir():  # renamed meanwhile: what was found is not all that there was
+                raise Changed(build.folder.name)
             todo = {name: stamp for name, stamp in links.items() if build.sent.get(name, (None,))[0] != stamp}
             with ThreadPoolExecutor(PARALLEL_FILES) as pool:
                 sent = list(pool.map(lambda one: self._send(stage, key, build, *one), todo.items()))
@@ -219,6 +217,10 @@ def _freeze(folder: Path, links: Path) -> Iterator[tuple[str, Stamp]]:
             except FileNotFoundError:  # a checkpoint that is not kept any more
                 continue
             yield inner, stamp
+
+
+def _tag_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tag")
 
 
 def _stamp(found: os.stat_result) -> Stamp:

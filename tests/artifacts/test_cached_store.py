@@ -9,7 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
+from genrec_dist.artifacts import bucket
 from genrec_dist.artifacts.bucket import Bucket
 from genrec_dist.artifacts.cached_store import CachedStore, open_store
 from genrec_dist.artifacts.files import append_jsonl
@@ -121,6 +123,91 @@ def test_of_two_writers_one_counts_and_nothing_is_mixed(machine):
     assert len([name for name in objects(stores[0]) if name.startswith(f"{STAGE}/")]) == 3
 
 
+def test_a_later_writer_takes_over_what_the_bucket_has(machine):
+    first, second = machine("a"), machine("b")
+    with second.building(STAGE, KEY) as out:
+        (out / "model.bin").write_text("later")
+        built = content(build(first, "earlier"))
+        assert content(second.finish(STAGE, KEY, {"version": 1})) == built
+    assert second.heard == ["artifact_finished_elsewhere"]
+    assert content(machine("c").open(STAGE, KEY)) == built
+
+
+def test_a_stale_cache_takes_over_what_was_built_anew(machine):
+    build(machine("a"), "old")
+    other = machine("b")
+    other.bucket.remove(list(other.bucket.names()))
+    build(other, "new")
+    store = machine("a")
+    store.open(STAGE, KEY)
+    store.keep(STAGE, KEY)
+    assert content(store.open(STAGE, KEY))["model.bin"] == "new"
+    assert store.heard == ["artifact_finished_elsewhere"]
+
+
+def test_a_writer_publishes_its_own_where_the_others_is_corrupt(machine):
+    first, second = machine("a"), machine("b")
+    with second.building(STAGE, KEY) as out:
+        (out / "model.bin").write_text("sound")
+        build(first, "damaged")
+        first.bucket.remove([next(name for name in objects(first) if name.endswith("model.bin"))])
+        assert content(second.finish(STAGE, KEY, {"version": 1})) == {"model.bin": "sound"}
+    assert second.heard == ["artifact_finished_elsewhere", "stored_artifact_corrupt"]
+    assert content(machine("c").open(STAGE, KEY)) == {"model.bin": "sound"}
+
+
+def test_an_answer_that_is_lost_does_not_make_a_writer_lose(machine, monkeypatch):
+    """boto3 tries again where a connection breaks: the second try finds what the first one wrote."""
+    store = machine("a")
+    put = store.bucket._client.put_object
+
+    def twice(**request):
+        if "IfNoneMatch" in request or "IfMatch" in request:
+            put(**request)
+        return put(**request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.bucket._client, "put_object", twice)
+        with store.building(STAGE, KEY) as out:
+            write_step(out, 1)
+            store.snapshot()
+            assert store.snapshots.exists(STAGE, KEY)
+            (out / "model.bin").write_text("weights")
+            store.finish(STAGE, KEY, {})
+    assert store.heard == []
+    assert content(machine("b").open(STAGE, KEY)) == {"model.bin": "weights"}
+
+
+def test_a_conflict_is_tried_again(machine, monkeypatch):
+    store = machine("a")
+    put, refused = store.bucket._client.put_object, []
+
+    def conflicts(**request):
+        if "IfNoneMatch" in request and len(refused) < 3:
+            refused.append(request["Key"])
+            raise ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
+        return put(**request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.bucket._client, "put_object", conflicts)
+        patch.setattr(bucket, "CONFLICT_SECONDS", 0.0)
+        assert store.bucket.write("name", b"data", new=True) is not None
+        assert len(refused) == 3
+        assert store.bucket.read("name")[0] == b"data"
+        patch.setattr(bucket, "CONFLICT_TRIES", 2)
+        refused.clear()
+        with pytest.raises(ClusterError, match="ConditionalRequestConflict"):
+            store.bucket.write("other", b"data", new=True)
+
+
+def test_what_cannot_be_removed_is_an_error(machine, monkeypatch):
+    store = machine("a")
+    refused = {"Errors": [{"Key": "team/store/name", "Code": "AccessDenied"}]}
+    monkeypatch.setattr(store.bucket._client, "delete_objects", lambda **request: refused)
+    with pytest.raises(ClusterError, match=r"(?s)name.*not removed: AccessDenied"):
+        store.bucket.remove(["name"])
+
+
 @pytest.mark.parametrize("damage", ["flipped", "missing", "manifest", "escape"])
 def test_a_corrupt_artifact_is_named_put_aside_and_rebuilt(machine, damage, tmp_path):
     first = machine("a")
@@ -194,6 +281,43 @@ def test_an_unfinished_build_goes_on_on_another_machine(machine):
         other.finish(STAGE, KEY, {})
     assert not [name for name in objects(other) if ".building" in name]
     assert not other.has_unfinished(STAGE, KEY)
+
+
+def test_a_snapshot_lasts_until_its_artifact_is_in_the_bucket(machine, monkeypatch):
+    first = machine("a")
+    upload = Bucket.upload
+
+    def dies(self, file, name):
+        if file.name == "model.bin":
+            first.snapshot()  # its time has come while the artifact travels
+            raise InjectedFault
+        upload(self, file, name)
+
+    with monkeypatch.context() as patch, first.building(STAGE, KEY) as out:
+        write_step(out, 1)
+        first.snapshot()
+        (out / "model.bin").write_text("weights")
+        patch.setattr(Bucket, "upload", dies)
+        with pytest.raises(InjectedFault):
+            first.finish(STAGE, KEY, {})
+    other = machine("b")
+    assert not other.exists(STAGE, KEY)
+    with other.building(STAGE, KEY) as out:
+        assert (out / "scratch" / "checkpoints" / "step-1" / "state.safetensors").read_text() == "state 1"
+    machine("a").keep(STAGE, KEY)  # that machine comes back
+    assert content(machine("c").open(STAGE, KEY)) == {"model.bin": "weights"}
+    assert not machine("c").has_unfinished(STAGE, KEY)
+
+
+def test_a_folder_that_is_renamed_spoils_no_snapshot(machine, monkeypatch):
+    store = machine("a")
+    with store.building(STAGE, KEY) as out:
+        write_step(out, 1)
+        store.snapshot()
+        out.rename(out.with_name("elsewhere"))
+        store.snapshot()
+        assert store.snapshots.exists(STAGE, KEY)
+        out.with_name("elsewhere").rename(out)
 
 
 def test_a_kill_between_uploads_of_a_snapshot_leaves_the_one_before(machine, monkeypatch):

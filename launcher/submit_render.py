@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from genrec_dist import __version__
 from genrec_dist.artifacts.files import write_atomic
-from genrec_dist.artifacts.places import folder_only, is_url
+from genrec_dist.artifacts.places import CACHE_VARIABLE, folder_only, is_url
 from genrec_dist.config import Config, RuntimeConfig, dump_config
 from genrec_dist.errors import ConfigError
 from launcher.submit import STOP_MARGIN_SECONDS, command_of
@@ -250,6 +250,8 @@ def ray_up(config: Config, store: str, runs: str, folder: Path) -> tuple[dict[st
         f"run:   {shlex.join(submit)} --address http://127.0.0.1:8265",
         "end:   ray down CLUSTER",
     ]
+    if is_url(store) or is_url(runs):
+        steps.insert(0, f"note: {CACHE_VARIABLE} has to name a folder that all nodes share, in the files' commands")
     return files, steps
 
 

@@ -65,5 +65,6 @@ def test_secrets_stay_out_of_command_lines():
     assert redact_command(command, environment) == [
         "genrec", "run", "--token", HIDDEN, f"--api-key={HIDDEN}", "--set", f"a.password={HIDDEN}", HIDDEN, "abc",
     ]  # fmt: skip
-    assert redact_text("https://user:pw@host/x", {}) == f"https://{HIDDEN}@host/x"
+    for user in ("user:pw", "user:p@ss", "user:pa/ss"):
+        assert redact_text(f"see https://{user}@host/x then", {}) == f"see https://{HIDDEN}@host/x then"
     assert redact_command(["--set", "fusion.dim=64"], {}) == ["--set", "fusion.dim=64"]

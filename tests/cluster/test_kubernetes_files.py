@@ -77,6 +77,16 @@ def test_every_document_is_valid(file):
         check(document)
 
 
+@pytest.mark.parametrize("file", [KUBERAY / "raycluster.yaml", KUBERAY / "rayjob.yaml"], ids=lambda file: file.name)
+def test_rays_object_store_fits_into_its_volume(file):
+    *_, document = documents(file)
+    spec = cluster_spec(document)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (volume,) = [one for one in group["template"]["spec"]["volumes"] if one["name"] == "shm"]
+        assert volume["emptyDir"]["sizeLimit"] == "4Gi"
+        assert int(group["rayStartParams"]["object-store-memory"]) < 4 << 30
+
+
 def test_the_schemas_find_what_is_wrong():
     cluster = documents(KUBERAY / "raycluster.yaml")[1]
     for change in (
@@ -109,6 +119,8 @@ def test_pods_have_no_more_rights_than_they_need(file):
             assert context["allowPrivilegeEscalation"] is False
             assert context["readOnlyRootFilesystem"] is True
             assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
+            if container["name"] != "ray-job-submitter":
+                assert {"name": "GENREC_CACHE", "value": "/shared/cache"} in container["env"]  # on the shared volume
             assert {"cpu", "memory"} <= set(container["resources"]["limits"])
     spec = cluster_spec(document)
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"

@@ -23,7 +23,7 @@ FAKES = {
     # Runs what it is asked to, once, on this machine.
     "srun": 'echo "srun $*" >>"$CALLS"; while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "scontrol": 'echo "scontrol $*" >>"$CALLS"; [[ $1 != show ]] || printf "%s\\n" n1 n2 n3',
-    "hostname": "echo 127.0.0.1 ::1 10.1.2.3",
+    "hostname": "echo 127.0.0.1 ::1 ${ADDRESS-10.1.2.3}",
     "ray": """echo "ray $*" >>"$CALLS"
 if [[ $1 == start ]]; then
   stat -c "%a %n" "$RAY_AUTH_TOKEN_PATH" "$(dirname "$RAY_AUTH_TOKEN_PATH")" >>"$CALLS"
@@ -36,6 +36,8 @@ fi
 """,
     "python": """echo "python $*" >>"$CALLS"
 until [[ $(wc -l <"$CALLS.pids") -ge 2 ]]; do sleep 0.05; done
+echo $$ >>"$CALLS.pids"
+if [[ -n ${JOIN_LONG:-} ]]; then touch "$CALLS.at_work"; exec sleep 60; fi
 exit "${JOIN_CODE:-0}"
 """,
     "genrec": """echo "genrec $*" >>"$CALLS"
@@ -111,8 +113,8 @@ def test_head_workers_driver_and_nothing_left_behind(slurm):
         assert "--num-cpus=8" in call
         assert "--block" in call
     steps = slurm.calls("srun")
-    assert "--nodes=1 --ntasks=1 --nodelist=n1" in steps[1]
-    assert "--nodes=2 --ntasks=2 --exclude=n1" in steps[2]
+    assert "--nodes=1 --ntasks=1 --cpus-per-task=8 --nodelist=n1" in steps[1]
+    assert "--nodes=2 --ntasks=2 --cpus-per-task=8 --exclude=n1" in steps[2]
     assert slurm.calls("python") == [f"- 10.1.2.3:{base} 3"]
     assert slurm.calls("genrec") == [
         f"run /c/my config.yaml --name mine --store /shared/store --runs {slurm.runs} "
@@ -136,8 +138,9 @@ def test_the_code_of_the_run_is_the_jobs(slurm, code):
     assert slurm.nothing_left()
 
 
-def test_slurms_signal_saves_and_queues_the_job_again(slurm):
-    process = slurm.start(LONG="1")
+@pytest.mark.parametrize("when", ["LONG", "JOIN_LONG"])
+def test_slurms_signal_saves_and_queues_the_job_again(slurm, when):
+    process = slurm.start(**{when: "1"})
     deadline = time.monotonic() + 30
     while not Path(f"{slurm.calls_file}.at_work").exists():
         assert time.monotonic() < deadline
@@ -145,7 +148,7 @@ def test_slurms_signal_saves_and_queues_the_job_again(slurm):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 75, output
-    assert slurm.calls("saved") == [""]
+    assert slurm.calls("saved") == ([""] if when == "LONG" else [])
     assert slurm.calls("scontrol")[-1] == "requeue 12345"
     assert slurm.nothing_left()
 
@@ -156,6 +159,11 @@ def test_a_head_that_does_not_start_and_nodes_that_do_not_come_are_4(slurm):
     assert slurm.run(JOIN_CODE="1") == 4
     assert slurm.calls("genrec") == []
     assert slurm.nothing_left()
+
+
+def test_a_node_without_an_address_is_4(slurm):
+    assert slurm.run(ADDRESS="") == 4
+    assert "no IPv4 address of node n1" in slurm.output
 
 
 def test_the_rendered_script_has_the_runs_settings(tmp_path):

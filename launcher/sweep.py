@@ -5,7 +5,7 @@ What runs where is in `sweep_pool` and `sweep_ray`, what a unit is in `genrec_di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from genrec_dist.cluster import ensure_ray, leave_ray
 from genrec_dist.config import Config
 from genrec_dist.errors import EXIT_TRAINING, ConfigError
 from genrec_dist.studies.scaling.leases import Leases, Owner
-from genrec_dist.studies.scaling.plan import Plan, Unit, make_plan
+from genrec_dist.studies.scaling.plan import Plan, PlannedTrial, Unit, make_plan
 from genrec_dist.studies.scaling.sweep_file import SweepFile, load_sweep
 from genrec_dist.studies.scaling.sweep_folder import SweepFolder
 from launcher.failures import Failure, Stopped
@@ -87,7 +87,15 @@ def prepare(path: Path, name: str | None, settings: Sequence[str], extend: Seque
         different = {str(getattr(trial.config.runtime, key)) for trial in plan.trials}
         if len(different) > 1:
             raise ConfigError("one sweep runs in one place", where=f"runtime.{key}", got=sorted(different))
-    return Sweep(plan, folder, path, extended, folder.refuse_change(plan, bool(extend)))
+    return Sweep(plan, folder, path, extended, folder.refuse_change(plan, _welcome(extend, extended)))
+
+
+def _welcome(extend: Sequence[str], extended: dict[str, list[int]]) -> Callable[[PlannedTrial], bool]:
+    """Which new trials were asked for: all with 'file', else those of a depth or seed that was named."""
+    if "file" in extend:
+        return lambda trial: True
+    depths, seeds = extended.get("depth", []), extended.get("seed", [])
+    return lambda trial: trial.depth in depths or trial.seed in seeds
 
 
 def parse_extend(texts: Sequence[str]) -> dict[str, list[int]]:

@@ -7,6 +7,7 @@ itself (shared stages, trials of several workers) is a child of this process tha
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from genrec_dist.errors import EXIT_BUG
 from genrec_dist.studies.scaling.plan import Unit
 from launcher.sweep_machine import Machine, Need, this_machine
 from launcher.sweep_pool import LocalPool, end_group
@@ -96,8 +98,9 @@ class RayPool:
             return self.ray.get(ref)
         except OutOfMemoryError:
             return -signal.SIGKILL
-        except RayTaskError:
-            raise
+        except RayTaskError as error:  # a full or stale disk where the child was to start; the others go on
+            logging.getLogger(__name__).warning("a unit could not be started: %s", error)
+            return EXIT_BUG
         except RayError:  # its worker or node is gone
             return None
 

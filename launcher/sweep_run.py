@@ -21,7 +21,7 @@ from genrec_dist.studies.scaling.sweep_folder import SweepFolder
 from launcher.failures import Failure, Stopped, explain
 from launcher.screen import duration
 from launcher.sweep_pool import Pool
-from launcher.sweep_state import failure_of, has_artifacts, is_complete, last_end, note_failure
+from launcher.sweep_state import FAILED, failure_of, has_artifacts, is_complete, last_end, note_failure
 
 POLL_SECONDS = 0.2
 LEAVE_SECONDS = 30.0
@@ -85,7 +85,8 @@ class Scheduler:
     outcome: Outcome = field(default_factory=Outcome)
     _restarts: Counter[tuple[str, str]] = field(default_factory=Counter)
     _started: dict[str, float] = field(default_factory=dict)
-    _elsewhere: set[str] = field(default_factory=set)
+    _ends: dict[str, dict | None] = field(default_factory=dict)
+    """How a unit's last attempt had ended when this call began, or started the unit."""
 
     def run(self, retry_failed: bool) -> Outcome:
         """Until every unit has ended.
@@ -96,6 +97,7 @@ class Scheduler:
         Raises:
             Stopped: SIGINT or SIGTERM came; children were told, and have left.
         """
+        self._ends = {unit.name: last_end(self._run(unit)) for unit in self.units}
         waiting = [unit for unit in self.units if not self._settled(unit, retry_failed)]
         self.leases.clear()
         self.leases.take(f"call-{self.leases.owner.id}")
@@ -151,26 +153,28 @@ class Scheduler:
             if not self.pool.has_room(unit):
                 return
             if not self.leases.take(unit.name):
-                self._elsewhere.add(unit.name)
                 continue
             waiting.remove(unit)
-            if unit.name in self._elsewhere and self._ended_elsewhere(unit):
+            if self._ended_elsewhere(unit):
                 continue
             self._started[unit.name] = time.monotonic()
+            self._ends[unit.name] = last_end(self._run(unit))
             self.say(f"{unit.name}: started")
             self.pool.start(unit)
 
     def _ended_elsewhere(self, unit: Unit) -> bool:
-        """True when the call that held the claim before has finished the unit, or failed at it."""
+        """True when another call has finished the unit since this one began, or failed at it."""
         if self._is_done(unit):
             self._finish(unit)
             return True
-        why = failure_of(self._run(unit), self.keys[unit.name])
-        if why is not None:
-            self.leases.release(unit.name)
-            self.outcome.failed[unit.name] = why
-            self.say(f"{unit.name}: failed in another call, {why}")
-        return why is not None
+        run = self._run(unit)
+        why = failure_of(run, self.keys[unit.name])
+        if why is None or last_end(run) == self._ends[unit.name]:
+            return False
+        self.leases.release(unit.name)
+        self.outcome.failed[unit.name] = why
+        self.say(f"{unit.name}: failed in another call, {why}")
+        return True
 
     def _collect(self, waiting: list[Unit]) -> None:
         for unit, code in self.pool.ended():
@@ -205,7 +209,8 @@ class Scheduler:
 
     def _fail(self, unit: Unit, code: int | None) -> None:
         run = self._run(unit)
-        if last_end(run) is None or last_end(run)["event"] != "run_failed":  # type: ignore[index]
+        end = last_end(run)
+        if end is None or end["event"] != FAILED or end == self._ends[unit.name]:  # the child said nothing
             log = self.folder.path / "logs" / f"{unit.name}.log"
             note_failure(run, code if code is not None else 1, f"{_how(code)}; see {log}")
         why = failure_of(run, self.keys[unit.name]) or _how(code)

@@ -185,6 +185,31 @@ def test_a_trial_that_another_call_works_on_is_waited_for_and_not_run_twice(carr
     assert (outcome.finished, outcome.failed) == ({"t1", "t2"}, {"t3": "broke there"})
 
 
+def test_what_another_call_ended_meanwhile_is_not_run_again(carry_out, tmp_path):
+    units = [unit("t1"), unit("t2"), unit("t3")]
+
+    class Late(Leases):
+        """Another call ends t2 and t3 before this one ever asked for them."""
+
+        def take(self, name: str) -> bool:
+            if name == "t2":
+                finish(carry_out.folder, tmp_path / "store", units[1])
+            if name == "t3":
+                carry_out.folder.run("t3", False).event("run_failed", exit_code=3, error="broke there")
+            return super().take(name)
+
+    late = Late(carry_out.folder.path / "claims", Owner.this_process())
+    outcome, pool, _ = carry_out(units, room=1, leases=late)
+    assert pool.started == ["t1"]
+    assert (outcome.finished, outcome.failed) == ({"t1", "t2"}, {"t3": "broke there"})
+
+
+def test_the_reason_of_an_earlier_failure_is_not_that_of_a_new_one(carry_out):
+    assert carry_out([unit("t1")], {"t1": [3]})[0].failed == {"t1": "broke with 3"}
+    outcome, _, _ = carry_out([unit("t1")], {"t1": [4]}, retry=True)  # dies before it can say anything
+    assert "exit code 4" in outcome.failed["t1"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_signals_reach_the_children_and_end_the_sweep(carry_out, number, code):
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()

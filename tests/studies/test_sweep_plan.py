@@ -216,6 +216,10 @@ def test_step_times_are_a_line_that_neither_falls_nor_starts_below_zero():
     assert StepTimes((1e9,), (0.1,)).of(3e9) == pytest.approx(0.3)
 
 
+def nobody(trial) -> bool:
+    return False
+
+
 @pytest.fixture
 def begun(plan, tmp_path) -> SweepFolder:
     """A sweep of two depths that has begun."""
@@ -225,22 +229,25 @@ def begun(plan, tmp_path) -> SweepFolder:
 
 
 def test_the_same_plan_again_is_no_change(plan, begun):
-    assert begun.refuse_change(plan(depths=[2, 1]), extend=False) == []
-    assert begun.refuse_change(plan("runtime.num_workers=2", "report.tsne_items=0", depths=[1, 2]), False) == []
+    assert begun.refuse_change(plan(depths=[2, 1]), nobody) == []
+    assert begun.refuse_change(plan("runtime.num_workers=2", "report.tsne_items=0", depths=[1, 2]), nobody) == []
 
 
 def test_a_changed_sweep_is_refused_with_the_difference(plan, begun):
-    for extend in (False, True):
+    for welcome in (nobody, lambda trial: True):
         with pytest.raises(ConfigError, match=r"prorec-d1-s0: generator\.dropout was 0\.3, is 0\.5"):
-            begun.refuse_change(plan(depths=[1, 2], set={"generator.dropout": 0.5}), extend)
+            begun.refuse_change(plan(depths=[1, 2], set={"generator.dropout": 0.5}), welcome)
         with pytest.raises(ConfigError, match="prorec-d2-s0: was there"):
-            begun.refuse_change(plan(depths=[1]), extend)
+            begun.refuse_change(plan(depths=[1]), welcome)
 
 
 def test_new_trials_are_welcome_only_when_asked_for(plan, begun):
     with pytest.raises(ConfigError, match="prorec-d3-s0: new"):
-        begun.refuse_change(plan(depths=[1, 2, 3]), extend=False)
-    assert begun.refuse_change(plan(depths=[1, 2, 3]), extend=True) == ["prorec-d3-s0"]
+        begun.refuse_change(plan(depths=[1, 2, 3]), nobody)
+    assert begun.refuse_change(plan(depths=[1, 2, 3]), lambda trial: True) == ["prorec-d3-s0"]
+    with pytest.raises(ConfigError, match="prorec-d3-s0: new") as caught:
+        begun.refuse_change(plan(depths=[1, 2, 3, 4]), lambda trial: trial.depth == 4)
+    assert "prorec-d4-s0" not in str(caught.value)
 
 
 def test_a_unit_is_read_back_as_it_was_planned(plan, begun):

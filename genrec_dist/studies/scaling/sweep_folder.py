@@ -8,6 +8,7 @@ starts nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from genrec_dist.artifacts.files import read_json, write_json
 from genrec_dist.config import Config, build_config
 from genrec_dist.errors import ConfigError
 from genrec_dist.runs import RunFolder
-from genrec_dist.studies.scaling.plan import Plan, Unit, without_placements
+from genrec_dist.studies.scaling.plan import Plan, PlannedTrial, Unit, without_placements
 
 FORMAT = 1
 NOT_COMPARED = {"name", "runtime", "report", "tracking"}
@@ -91,12 +92,12 @@ class SweepFolder:
             },
         )
 
-    def refuse_change(self, plan: Plan, extend: bool) -> list[str]:
+    def refuse_change(self, plan: Plan, welcome: Callable[[PlannedTrial], bool]) -> list[str]:
         """Compare the plan with the record; names of the trials that it adds.
 
         Args:
             plan: what is asked for now.
-            extend: new trials are welcome.
+            welcome: whether a new trial was asked for.
 
         Raises:
             ConfigError: a trial has other settings than recorded, is not asked for any more, or is new and not
@@ -120,11 +121,12 @@ class SweepFolder:
                 got=_listed(sorted(changed + gone)),
                 fix="put the sweep file back, or give the changed sweep a --name of its own",
             )
-        if new and not extend:
+        uninvited = [name for name in new if not welcome(planned[name])]
+        if uninvited:
             raise ConfigError(
                 "the sweep file has trials that the sweep does not have",
                 where=self.path,
-                got=_listed([f"{name}: new" for name in new]),
+                got=_listed([f"{name}: new" for name in uninvited]),
                 fix="add --extend file to take them in, or give the changed sweep a --name of its own",
             )
         return new

@@ -73,6 +73,10 @@ def reference(config: Config, catalog: Stage, name: str, main: bool = False) -> 
     label = "evaluation" if main else f"evaluation {name}"
     if name == "popularity":
         return [evaluation_stage(config, name, {"catalog": catalog}, label)]
+    if name == "stage_one":
+        semantic = semantic_stage(config, catalog)
+        fused = fusion_stage(config, catalog, semantic)
+        return [evaluation_stage(config, "fusion", {"catalog": catalog, "semantic": semantic, "fusion": fused}, label)]
     if name == "hstu":
         trained = hstu_stage(config, catalog)
         return [trained, evaluation_stage(config, name, {"catalog": catalog, "hstu": trained}, label)]

@@ -42,7 +42,7 @@ class EvaluationConfig(Section):
         return self
 
 
-Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine", "hstu"]
+Reference = Literal["popularity", "sasrec_inner", "sasrec_cosine", "hstu", "stage_one"]
 GENERATIVE = ("prorec", "csj_id", "semantic_id")
 """Methods that generate codes."""
 WITHOUT_EVALUATION = {"embed"}
@@ -89,10 +89,18 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
+    @model_validator(mode="after")
+    def _stage_one(self) -> Config:
+        if "stage_one" in self.references and (self.method != "prorec" or self.runtime.shard_tables):
+            raise ValueError("references: stage_one is the model of method prorec, not with runtime.shard_tables")
+        return self
+
     @property
     def active_references(self) -> list[Reference]:
-        """References of the run; none beside a method that recommends nothing."""
-        return [] if self.method in WITHOUT_EVALUATION else self.references
+        """References of the run; none beside a method that recommends nothing, Stage I only where it has a model."""
+        if self.method in WITHOUT_EVALUATION:
+            return []
+        return [name for name in self.references if name != "stage_one" or self.fusion.mode != "semantic"]
 
     @field_validator("name")
     @classmethod

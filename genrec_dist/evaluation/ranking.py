@@ -14,7 +14,15 @@ import numpy as np
 import torch
 
 from genrec_dist.catalog.dataset import Catalog, Sequences
-from genrec_dist.config import EvaluationConfig, GeneratorConfig, GptConfig, HstuConfig, RuntimeConfig, SasrecConfig
+from genrec_dist.config import (
+    EvaluationConfig,
+    FusionConfig,
+    GeneratorConfig,
+    GptConfig,
+    HstuConfig,
+    RuntimeConfig,
+    SasrecConfig,
+)
 from genrec_dist.evaluation.dense import batched, by_history
 from genrec_dist.evaluation.generative import DenseRanker, GenerativeRanker
 from genrec_dist.evaluation.replay import BatchRunner, DeviceProgress
@@ -117,6 +125,13 @@ def _ranker(
 
         gpt = load_gpt(GptConfig.model_validate(settings["gpt"]), inputs["identifiers"], inputs["generator"])
         return GenerativeRanker(gpt.to(worker.device), evaluation.beam_width, mix_weight=0.0)
+    if method == "fusion":
+        from genrec_dist.artifacts.reader import read_embeddings
+        from genrec_dist.collaborative.stage import load_fusion
+
+        stage_one = FusionConfig.model_validate(settings["fusion"])
+        fusion = load_fusion(stage_one, read_embeddings(inputs["semantic"]), inputs["fusion"]).to(worker.device)
+        return DenseRanker(by_history(fusion.score_catalog), stage_one.max_history, times=stage_one.time_bumps > 0)
     if method == "popularity":
         from genrec_dist.baselines.popularity import popularity_scores
 

@@ -36,7 +36,7 @@ def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], labe
     """Stage that evaluates one trained model.
 
     Args:
-        method: 'generator', 'gpt', 'sasrec_inner', 'sasrec_cosine', 'hstu' or 'popularity'.
+        method: 'generator', 'gpt', 'fusion', 'sasrec_inner', 'sasrec_cosine', 'hstu' or 'popularity'.
         inputs: 'catalog', and the model's own artifacts.
         label: title of the stage.
     """
@@ -51,6 +51,8 @@ def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], labe
     elif method == "gpt":
         settings["gpt"] = config.gpt.model_dump(mode="json")
         del settings["evaluation"]["mix_weight"]  # no distillation token
+    elif method == "fusion":
+        settings["fusion"] = config.fusion.model_dump(mode="json")
     elif method == "hstu":
         settings["hstu"] = config.hstu.model_dump(mode="json")
     elif method.startswith("sasrec"):
@@ -59,7 +61,7 @@ def evaluation_stage(config: Config, method: str, inputs: dict[str, Stage], labe
         settings["evaluation"] = {
             k: v for k, v in settings["evaluation"].items() if k in ("cutoffs", "bootstrap_samples")
         }
-    return Stage("evaluation", 1, settings, inputs, lambda context: build_evaluation(context, settings), label)
+    return Stage("evaluation", 2, settings, inputs, lambda context: build_evaluation(context, settings), label)
 
 
 def build_evaluation(context: StageContext, settings: dict) -> None:
@@ -95,7 +97,7 @@ def summarise(test: Arrays, valid: Arrays, tied: np.ndarray, settings: dict, eva
         "order": settings["order"],
         "users": len(test["rank"]),
         "beam_width": evaluation.beam_width if generative else None,
-        "mix_weight": evaluation.mix_weight if settings["method"] == "generator" else 0.0,
+        "mix_weight": mix_weight_of(settings),
         "test": rank_metrics(test["rank"], cutoffs),
         "valid": rank_metrics(valid["rank"], cutoffs),
         "intervals": bootstrap_intervals(test["rank"], cutoffs, evaluation.bootstrap_samples, settings["seed"])
@@ -117,6 +119,12 @@ def summarise(test: Arrays, valid: Arrays, tied: np.ndarray, settings: dict, eva
             "top10_agreement": float(test["same_top10"][checked].mean() / 10),
         }
     return metrics
+
+
+def mix_weight_of(settings: dict) -> float:
+    """Weight that the distillation token's score really has; 0 for a model without the token."""
+    has_token = settings["method"] == "generator" and settings["generator"]["distill_weight"]
+    return settings["evaluation"]["mix_weight"] if has_token else 0.0
 
 
 def _collect(context: StageContext, settings: dict, sequences: Sequences) -> dict[str, Arrays]:

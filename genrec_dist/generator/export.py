@@ -68,6 +68,7 @@ def export_run(run: RunFolder, out: Path) -> dict[str, Any]:
     if section == "generator":
         save_tensors({"integrated": torch.from_numpy(read_embeddings(sources["fusion"]))}, out / TABLE)
     trie, links = Trie.load(out), run.links()
+    has_token = section == "generator" and config.generator.distill_weight > 0
     record = {
         "format": FORMAT,
         "genrec_dist": __version__,
@@ -78,7 +79,7 @@ def export_run(run: RunFolder, out: Path) -> dict[str, Any]:
         section: getattr(config, section).model_dump(mode="json"),
         "order": config.catalog.order,
         "beam_width": config.evaluation.beam_width,
-        "mix_weight": config.evaluation.mix_weight if section == "generator" else 0.0,
+        "mix_weight": config.evaluation.mix_weight if has_token else 0.0,
         "num_items": trie.num_items,
         "num_codes": trie.num_codes,
         "max_depth": trie.max_depth,

@@ -44,7 +44,7 @@ def encoders(data: StudyData) -> StudyPage:
         "encoders",
         "text encoder",
         [Column(name, metric_label(name)) for name in metrics],
-        [*ours, *references, _printed("Llama2-7b, paper")],
+        [*ours, *references, *_printed(data, "Llama2-7b, paper")],
         f"{bounds_note(data)} The paper: Table 3, Beauty, which is Llama2-7b; Figure 7 prints no numbers.",
     )
     grid.columns.append(Column("width", "width of the vectors", lambda value: f"{value:,.0f}"))
@@ -65,9 +65,9 @@ def encoders(data: StudyData) -> StudyPage:
 
 def tokenizers(data: StudyData) -> StudyPage:
     """PRORec, Figure 8."""
-    printed = "Printed in Table 3 with hierarchical k-means, Beauty; Figure 8 prints no numbers."
+    printed = "Printed in Table 3 with hierarchical k-means; Figure 8 is of Beauty and prints no numbers."
     verdict = _judge_tokenizers(data, "The paper's ordering")
-    return _tokenizer_page(data, verdict, [_printed("PRORec, paper")], printed)
+    return _tokenizer_page(data, verdict, _printed(data, "PRORec, paper"), printed)
 
 
 def csj_tokenizers(data: StudyData) -> StudyPage:
@@ -84,8 +84,10 @@ def _judge_tokenizers(data: StudyData, whose: str) -> Verdict:
     return judge(said, claims, data.metric, data.labels, whose=whose, metric_label=metric_label)
 
 
-def _printed(label: str) -> Row:
-    return Row(label, PAPER, dict(paper.PERFORMANCE["beauty"]["PRORec"]))
+def _printed(data: StudyData, label: str) -> list[Row]:
+    """PRORec's row of Table 3 on the data set of the runs, if it is one of the paper's."""
+    known = paper.PERFORMANCE.get((data.any_run.data_set if data.any_run else None) or "", {})
+    return [Row(label, PAPER, dict(known["PRORec"]))] if known else []
 
 
 def _codes(data: StudyData, grid: Grid) -> None:
@@ -131,10 +133,12 @@ def clusters(data: StudyData) -> StudyPage:
     verdict = judge(said, claims, data.metric, data.labels, metric_label=metric_label)
     metrics = known_metrics(data) or [f"recall@{data.config.evaluation.cutoffs[-1]}"]
     ours, references = result_rows(data, metrics), reference_rows(data, metrics)
-    rows = [*ours, *references, _printed("K = 256, paper")]
+    rows = [*ours, *references, *_printed(data, "K = 256, paper")]
     grid = Grid("clusters", "clusters", [Column(name, metric_label(name)) for name in metrics], rows)
     _codes(data, grid)
-    grid.caption = f"{bounds_note(data)} The paper: Table 3, Beauty, which is K = 256; Figure 9 prints no numbers."
+    grid.caption = (
+        f"{bounds_note(data)} The paper: Table 3, which is K = 256; Figure 9 is of Beauty and prints no numbers."
+    )
     blocks: list[Block] = [grid.table()]
     if ours:
         ticks = [str(v.label.removeprefix("K = ")) for v in data.variants]

@@ -6,6 +6,8 @@ interactions. All of it is drawn from finished runs; nothing is computed again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from genrec_dist.studies import paper, plots
 from genrec_dist.studies.blocks import Block, Figure, Section, Text, number, percent
 from genrec_dist.studies.grid import (
@@ -51,7 +53,7 @@ def known_metrics(data: StudyData, names: tuple[str, ...] = HEADLINE) -> list[st
 def performance(data: StudyData) -> StudyPage:
     """Table 3: PRORec beside the references of the same harness and all printed methods."""
     metrics = known_metrics(data)
-    rivals = [name for name in data.references if name != "popularity"]
+    rivals = [name for name in data.references if name not in ("popularity", "stage_one")]
     labels = data.labels | {name: name.replace("_", " ") for name in rivals}
 
     def value(who: str, metric: str) -> Pooled | None:
@@ -82,8 +84,29 @@ def performance(data: StudyData) -> StudyPage:
         shown = [name for name in metrics if name.endswith("@10")] or metrics[:2]
         drawn = [*ours, *references, *(row for row in papers if row.label.split(",")[0] in ("PRORec", "SASRec"))]
         blocks.insert(0, Figure(plots.headline(entries(drawn), shown, data.any_run.oracle if data.any_run else {})))
-    blocks.append(Text(ORDER_NOTES[data.config.catalog.order], note=True))
+    blocks += [Text(text, note=True) for text in (_advantages(data), ORDER_NOTES[data.config.catalog.order]) if text]
     return StudyPage(verdict, [grid], [Section("performance", "Performance", blocks), *grid.seed_sections()])
+
+
+def _advantages(data: StudyData) -> str:
+    """What PRORec is given here that SASRec is not."""
+    config = data.config
+    has = []
+    if config.fusion.time_bumps or config.generator.time_bumps:
+        has.append(
+            "the times of a user's history (never the target's; purchases of others that come later in time are in the "
+            "training data, as leave-one-out has it)"
+        )
+    if config.fusion.label_smoothing or config.generator.label_smoothing:
+        has.append("smoothed labels")
+    if (config.fusion.optim.ema_decay or config.generator.optim.ema_decay) and not config.sasrec.optim.ema_decay:
+        has.append("averaged weights")
+    if not has:
+        return ""
+    said = f"PRORec has, and SASRec has not: {'; '.join(has)}."
+    return said + (
+        " Stage one is PRORec's own sequence model alone, with all of that." if "stage_one" in data.references else ""
+    )
 
 
 def _data_set(data: StudyData) -> str | None:
@@ -178,7 +201,12 @@ def _ablation(
     where: str,
 ) -> StudyPage:
     """A table of variants beside its printed form, each row of ours above the paper's of the same variant."""
-    verdict = judge(said, claims, data.metric, data.labels, metric_label=metric_label)
+
+    def decoded(who: str, metric: str) -> Pooled | None:
+        """By the beam alone, which every variant and the paper have."""
+        return data.without_mix(who, metric) or data.metric(who, metric)
+
+    verdict = judge(said, claims, decoded, data.labels, metric_label=metric_label)
     metrics = known_metrics(data)
     ours, alone, references = result_rows(data, metrics), _without_mix(data, metrics), reference_rows(data, metrics)
     on_beauty = _data_set(data) == "beauty"
@@ -193,17 +221,20 @@ def _ablation(
     if ours:
         shown = [n for n in metrics if n.endswith("@10")] or metrics[:2]
         blocks.insert(0, Figure(plots.headline(entries(rows), shown, data.any_run.oracle if data.any_run else {})))
-    blocks += [Text(text) for text in _largest_step(data, claims)]
-    note = "Beam alone: without the distillation token's dense score, which the paper does not use in decoding either."
+    blocks += [Text(text) for text in _largest_step(data, claims, decoded)]
+    note = (
+        "Beam alone: without the distillation token's dense score, which variants without the token do not have and "
+        "the paper does not use in decoding. The verdict and the sentence on Recall@10 compare beams alone."
+    )
     blocks.append(Text(f"{TABLE_NOTE} {note if alone else ''}".strip(), note=True))
     return StudyPage(verdict, [grid], [Section(name, title, blocks), *grid.seed_sections()])
 
 
-def _largest_step(data: StudyData, claims: list[Claim]) -> list[str]:
+def _largest_step(data: StudyData, claims: list[Claim], value: Callable[[str, str], Pooled | None]) -> list[str]:
     """What each comparison of Recall@10 amounts to, in one sentence."""
     said = []
     for claim in claims:
-        above, below = data.metric(claim.above, claim.metric), data.metric(claim.below, claim.metric)
+        above, below = value(claim.above, claim.metric), value(claim.below, claim.metric)
         if claim.metric == "recall@10" and above and below and below.mean > 0:
             step = signed_percent(above.mean / below.mean - 1)
             said.append(

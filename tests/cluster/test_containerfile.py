@@ -98,7 +98,9 @@ def test_a_wheel_brings_the_files_of_cluster(tmp_path):
     )
     python = tmp_path / "venv" / "bin" / "python"
     prefix = subprocess.run([python, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, check=True)
-    subprocess.run([*pip, "install", "--no-deps", "--prefix", prefix.stdout.strip(), wheel], check=True)
+    # Else pip removes the project from this environment to install it there.
+    apart = ["--no-deps", "--ignore-installed", "--prefix", prefix.stdout.strip()]
+    subprocess.run([*pip, "install", *apart, wheel], check=True)
     done = subprocess.run(
         [python, "-m", "launcher.cli", "submit", ROOT / "configs" / "quickstart.yaml", "--store", "/shared/s", "--runs",
          "/shared/r", "--render", "kuberay", "--out", tmp_path / "out"],

@@ -119,7 +119,7 @@ def test_what_is_in_the_folder(exported, case):
     record = read_json(folder / "config.json")
     assert (record["method"], record["section"], record["num_items"]) == (CASES[case][0], section, NUM_ITEMS)
     assert record["keys"][section] == f"key-of-{section}"
-    assert record["mix_weight"] == (0.3 if section == "generator" else 0.0)
+    assert record["mix_weight"] == (0.3 if case in ("prorec", "prorec_frozen") else 0.0)  # the others have no token
     assert Catalog(folder).item_ids == [f"item-{i}" for i in range(NUM_ITEMS)]
     done = CliRunner().invoke(app, ["data", "verify", str(folder)])
     assert done.exit_code == 0, done.output

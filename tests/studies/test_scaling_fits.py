@@ -10,7 +10,7 @@ from made_trials import DEPTHS, LAYER, power, sweep, trial
 from scipy import stats
 
 from genrec_dist.errors import DataError
-from genrec_dist.studies.scaling.claims import CLAIMS, judge, judge_all, paired
+from genrec_dist.studies.scaling.claims import CLAIMS, LEAD, judge, judge_all, judge_lead, paired
 from genrec_dist.studies.scaling.curves import DELTA, huber
 from genrec_dist.studies.scaling.fits import aicc, bootstrap, fit_all, fit_curve, predict_held_out
 from genrec_dist.studies.scaling.points import points_of
@@ -241,6 +241,56 @@ def test_claims_of_figure_6(arm, change, noise, judgement):
     assert [v.judgement for v in verdicts] == [judgement, judgement]
     if change:
         assert verdicts[0].slope.mean == pytest.approx(change / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("lead", "judgement"),
+    [
+        (lambda depth: 0.005, "confirmed"),
+        (lambda depth: 0.005 - 0.004 * np.log2(depth) / 2, "contradicted"),
+        (lambda depth: 0.0002, "undecided"),
+    ],
+)
+def test_the_lead_of_figure_6(lead, judgement):
+    trials = sweep("hstu", ndcg=flat(0.05), noise=0.005, seed=5)
+    trials += sweep("prorec", ndcg=lambda depth: 0.05 + lead(depth), noise=0.005, seed=6)
+    found = [verdict for verdict in judge_all(trials) if verdict.claim is LEAD]
+    assert [verdict.judgement for verdict in found] == [judgement, judgement]
+    assert found[0].metric == NDCG
+    if judgement == "confirmed":
+        assert "ahead at 8 of 8 depths" in found[0].sentence
+        assert found[0].difference.interval[0] > 0
+
+
+def test_the_interval_of_a_lead_by_hand():
+    values = {
+        ("prorec", 1): (0.06, 0.064),
+        ("hstu", 1): (0.05, 0.05),
+        ("prorec", 8): (0.07, 0.08),
+        ("hstu", 8): (0.05, 0.05),
+    }
+    trials = [
+        trial(arm, depth, seed, 8.0, value) for (arm, depth), pair in values.items() for seed, value in enumerate(pair)
+    ]
+    found = judge_lead(trials, LEAD, NDCG)
+    pooled = np.sqrt((2 * 0.002**2 + 2 * 0.005**2) / 2)
+    half = stats.t.ppf(0.975, 2) * pooled / np.sqrt(2)
+    assert found.difference.mean == pytest.approx(0.012)
+    assert found.difference.interval == pytest.approx((0.012 - half, 0.012 + half))
+    assert "between +24.0% (at 1) and +50.0% (at 8)" in found.sentence
+    one = judge_lead([t for t in trials if t.seed == 0], LEAD, NDCG)
+    assert (one.judgement, one.difference.interval) == ("undecided", None)
+    none = judge_lead([t for t in trials if (t.arm, t.depth) in (("prorec", 1), ("hstu", 8))], LEAD, NDCG)
+    assert "no depth and seed has both" in none.sentence
+
+
+def test_too_few_runs_to_compare_families_are_said_and_nothing_else():
+    verdict = verdict_of(sweep(seeds=1, noise=0.0001, depths=(1, 2, 4, 8, 16)))
+    assert not verdict.supported
+    assert verdict.against == ["5 runs are too few to tell a power law from other curves"]
+    assert not any("straight line" in said for said in verdict.trust)
+    few = fit_all(points(sweep(seeds=1, depths=(1, 2, 4))), 50)
+    assert few.best is None
 
 
 def test_claims_without_the_runs_they_need_are_undecided():

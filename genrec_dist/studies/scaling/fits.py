@@ -8,6 +8,7 @@ of the sum let the optimiser stop early, and the intervals came out too narrow. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,9 +114,14 @@ class Fit:
     prediction: Prediction | None
 
     @property
-    def best(self) -> FamilyFit:
-        """The family with the lowest AICc."""
-        return min(self.families.values(), key=lambda family: family.aicc)
+    def comparable(self) -> bool:
+        """Whether the runs are enough to tell a power law from other families: its AICc is finite."""
+        return math.isfinite(self.families["power"].aicc)
+
+    @property
+    def best(self) -> FamilyFit | None:
+        """The family with the lowest AICc; None where too few runs tell families apart."""
+        return min(self.families.values(), key=lambda family: family.aicc) if self.comparable else None
 
 
 def fit_all(points: Points, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Fit | None:

@@ -57,7 +57,7 @@ def fits(study: ScalingStudy, sizes: Sequence[str]) -> Table:
                 Cell(f"{power.a:.3g}", _span(power.a_interval, ".3g")),
                 percent(power.noise, 2),
                 percent(case.fit.families["power"].left_out_error, 2),
-                FAMILY_NAMES[case.fit.best.curve.name],
+                FAMILY_NAMES[case.fit.best.curve.name] if case.fit.best else "too few runs",
                 str(len(points.x)),
             ]
         )
@@ -75,11 +75,11 @@ def families(study: ScalingStudy) -> Table:
     for case in _in_order(study, (MAIN_SIZE, COMPUTE)):
         if case.fit is None:
             continue
-        best = case.fit.best.aicc
+        best = case.fit.best
         cells = []
         for name in FAMILY_NAMES:
             family = case.fit.families[name]  # type: ignore[index]
-            gap = "too few runs" if family.aicc == float("inf") else f"{family.aicc - best:.1f}"
+            gap = "too few runs" if best is None else f"{family.aicc - best.aicc:.1f}"
             cells.append(Cell(gap, percent(family.left_out_error, 2)))
         rows.append([case.points.arm, QUANTITIES[case.points.quantity], _over(case.points.size), *cells])
     caption = (
@@ -93,9 +93,10 @@ def claims(study: ScalingStudy) -> Table:
     """Figure 6 of PRORec, claim by claim."""
     rows = [[v.claim.text, v.judgement, v.sentence] for v in study.claims]
     caption = (
-        "Confirmed or contradicted: the 95% t interval of the difference, paired by seed, is on one side of zero. "
-        "Undecided: it covers zero, or a depth or a second seed is missing. The paper makes the claim in words; no "
-        "value was read off its figure."
+        "Of depths: confirmed or contradicted where the 95% t interval of the difference, paired by seed, is on one "
+        "side of zero; undecided where it covers zero, or a depth or a second seed is missing. Of two systems: "
+        "confirmed where the interval of every depth is above zero, contradicted where one is below. No value was read "
+        "off the figure."
     )
     return Table(["claim of PRORec, Figure 6", "", "in these runs"], rows, caption, {0, 1, 2})
 

@@ -62,7 +62,9 @@ def judge_power_law(points: Points, fit: Fit | None) -> Verdict:
         against.append(f"α runs to its bound of {LARGEST_EXPONENT:g}: a step from the smallest size, not a power law")
     power = fit.families["power"].aicc
     better = [name for name in RIVALS if fit.families[name].aicc < power]
-    if better:
+    if not fit.comparable:
+        against.append(f"{len(points.x)} runs are too few to tell a power law from other curves")
+    elif better:
         best = min(better, key=lambda name: fit.families[name].aicc)
         gap = power - fit.families[best].aicc
         against.append(f"{RIVALS[best]} describes the runs better (AICc lower by {gap:.1f})")
@@ -87,7 +89,7 @@ def _trust(fit: Fit) -> list[str]:
         said.append(f"the runs do not tell {floor} from 0")
     elif points.sign < 0 and high >= 0.99 * points.limit:
         said.append(f"the runs do not bound {floor} below {points.limit:g}")
-    if fit.families["log_linear"].aicc < fit.families["power"].aicc:
+    if fit.comparable and fit.families["log_linear"].aicc < fit.families["power"].aicc:
         said.append(
             "a straight line in its logarithm describes the runs as well with one parameter less: no floor is seen"
         )

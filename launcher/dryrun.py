@@ -162,7 +162,10 @@ def _loop(config: Config, name: str, size: ModelSize, samples: int) -> Loop:
     zero = runtime.engine == "deepspeed" or (runtime.engine == "auto" and runtime.backend == "ray")
     sharded = name == "lightgcn" or (name == "fusion" and runtime.shard_tables)
     by_owner = ("node embeddings", "item embeddings", "semantic embeddings") if sharded else ()
-    memory = training_memory(size, batches.per_worker, runtime, zero=zero and not sharded, by_owner=by_owner)
+    averaged = optim.ema_decay > 0
+    memory = training_memory(
+        size, batches.per_worker, runtime, zero=zero and not sharded, by_owner=by_owner, averaged=averaged
+    )
     return Loop(name, size, batches, memory)
 
 

@@ -56,12 +56,15 @@ class Sequences:
 
     @property
     def span(self) -> tuple[int, int]:
-        """First and last time, seconds.
+        """First and last time of the train parts, seconds.
 
         Raises:
-            DataError: no interaction has a time.
+            DataError: no interaction of them has a time.
         """
-        known = self.timestamps[self.timestamps != NO_TIMESTAMP]
+        trained = self.timestamps != NO_TIMESTAMP
+        for held_out in self.split_ends()[1:]:
+            trained[held_out[held_out >= 0]] = False
+        known = self.timestamps[trained]
         if not len(known):
             raise DataError(
                 "no interaction has a time",

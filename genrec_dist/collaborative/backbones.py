@@ -32,7 +32,7 @@ class TimeEncoding(nn.Module):
     Args:
         dim: D.
         num_bumps: spread over the time of the data; each is as wide as the distance to the next.
-        span: first and last time of the data, seconds. It is a buffer: a trained model brings its own.
+        span: first and last time of the train parts, seconds. It is a buffer: a trained model brings its own.
     """
 
     span: torch.Tensor

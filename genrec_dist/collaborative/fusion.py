@@ -68,7 +68,7 @@ class FusionModel(nn.Module):
         semantic: E_S, kept as a constant.
         seed: of the item table, whose rows start as functions of their item alone.
         item_indices: items of the rows, where the model has only some.
-        span: first and last time of the data, where times are read.
+        span: first and last time of the train parts, where times are read.
 
     Shapes:
         semantic: (num_items, semantic_dim) float32.

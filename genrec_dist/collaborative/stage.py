@@ -51,16 +51,16 @@ def fusion_stage(config: Config, catalog: Stage, semantic: Stage) -> Stage:
     inputs = {"catalog": catalog, "semantic": semantic}
     if config.fusion.mode == "semantic":
         table = config.fusion.model_dump(mode="json", include={"mode", "dim", "semantic_pca"})
-        return Stage("fusion", 2, table, {"semantic": semantic}, lambda context: build_semantic(context, table))
+        return Stage("fusion", 3, table, {"semantic": semantic}, lambda context: build_semantic(context, table))
     if not config.runtime.shard_tables:
-        return Stage("fusion", 2, settings, inputs, lambda context: build_fusion(context, settings))
+        return Stage("fusion", 3, settings, inputs, lambda context: build_fusion(context, settings))
     check_shardable(config.fusion)
     if config.runtime.engine == "deepspeed":
         refuse_deepspeed(config.runtime)
     partitions = partition_stage(config, graph_stage(config, catalog))
     return Stage(
         "fusion",
-        2,
+        3,
         settings,
         inputs,
         lambda context: build_sharded_fusion(context, settings),

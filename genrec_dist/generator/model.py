@@ -47,7 +47,7 @@ class Generator(nn.Module):
         config: generator section.
         trie: codes and tree of all items.
         integrated: Stage I embeddings: encoder input, start of the node embeddings, distillation targets.
-        span: first and last time of the data, where times are read.
+        span: first and last time of the train parts, where times are read.
 
     Shapes:
         integrated: (num_items, N) float32.

@@ -46,7 +46,7 @@ def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: 
         "mix_weight": evaluation.mix_weight,
     }
     inputs = {"catalog": catalog, "fusion": fusion, "identifiers": identifiers}
-    return Stage("generator", 2, settings, inputs, lambda context: launch(train_generator, context, settings))
+    return Stage("generator", 3, settings, inputs, lambda context: launch(train_generator, context, settings))
 
 
 def build_model(config: GeneratorConfig, fusion: Path, identifiers: Path, span: tuple[int, int] = (0, 1)) -> Generator:

@@ -177,6 +177,11 @@ def _layer_values(dim: int, multiplier: int, heads: int, length: float, source: 
     return length * dim * wide + 2.0 * heads * length * source
 
 
+def _times_flops(num_bumps: int, dim: int, places: float) -> float:
+    """The linear layer behind the bumps of `TimeEncoding`, at every place of a history."""
+    return 2.0 * num_bumps * dim * places
+
+
 def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: int, width: int) -> ModelSize:
     """PRORec Stage II.
 
@@ -222,6 +227,8 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
     )  # fmt: skip
     # Gathered children below the first level are a (children, width) block a sample, kept raw and normalised.
     values += 2.0 * width * sum(codebook.widths[1:]) + 3.0 * scored if child else 3.0 * depth * codebook.num_codes
+    flops += _times_flops(config.time_bumps, dim, config.max_history)
+    values += config.max_history * config.time_bumps
     if distill:
         candidates = config.distill_negatives + 1 if config.distill_negatives else num_items
         flops += 2.0 * dim * width + 2.0 * width * (config.distill_negatives or num_items)
@@ -298,7 +305,8 @@ def fusion_size(config: FusionConfig, num_items: int, semantic_dim: int, mean_ta
         flops = config.num_layers * encoder_layer_flops(dim, 4, history) + 2.0 * dim * candidates * mean_targets
         values = config.num_layers * _layer_values(dim, 4, config.num_heads, history, history)
         values += 3.0 * candidates * mean_targets
-    values += distinct * 8.0 * dim / batch
+    values += distinct * 8.0 * dim / batch + history * config.time_bumps
+    flops += _times_flops(config.time_bumps, dim, history)
     return ModelSize(
         parameters, {"semantic embeddings": num_items * semantic_dim}, flops + adaption + alignment, values
     )
@@ -380,7 +388,13 @@ def batch_arithmetic(samples: int, optim: OptimConfig, num_workers: int) -> Batc
 
 
 def training_memory(
-    size: ModelSize, per_worker: int, runtime: RuntimeConfig, *, zero: bool, by_owner: tuple[str, ...] = ()
+    size: ModelSize,
+    per_worker: int,
+    runtime: RuntimeConfig,
+    *,
+    zero: bool,
+    by_owner: tuple[str, ...] = (),
+    averaged: bool = False,
 ) -> dict[str, float]:
     """Bytes a worker holds in training, by kind: float32 parameters, gradients and two Adam moments.
 
@@ -392,6 +406,7 @@ def training_memory(
             stage 2 the gradients too, stage 3 the parameters too.
         by_owner: groups of values that are tables whose rows are shared out over graph partitions (halo rows come on
             top).
+        averaged: an average of the weights is kept, sharded like the moments.
     """
     stage = runtime.zero_stage if zero else 0
     workers = runtime.num_workers
@@ -401,7 +416,7 @@ def training_memory(
     return {
         "parameters": FLOAT * parameters / (workers if stage >= 3 else 1),
         "gradients": FLOAT * parameters / (workers if stage >= 2 else 1),
-        "optimiser": (2 + copy) * FLOAT * parameters / (workers if stage >= 1 else 1),
+        "optimiser": (2 + copy + averaged) * FLOAT * parameters / (workers if stage >= 1 else 1),
         "constants": FLOAT * constants,
         "activations": FLOAT * size.activation_values * per_worker,
     }

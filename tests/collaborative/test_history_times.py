@@ -130,9 +130,13 @@ def test_a_padded_alignment_is_the_same(in_denominator, targets):
         torch.testing.assert_close(torch.stack([loss(part) for part in parts]).sum(), whole)
 
 
+def test_the_span_is_that_of_the_train_parts():
+    bounds = np.array([0, 5, 7])  # the last two of the first user are held out, nothing of the second one
+    stamps = np.array([NO_TIMESTAMP, 30, 20, 90, 5, 40, 10])
+    assert Sequences(bounds, np.zeros(7, np.int32), stamps, 1).span == (10, 40)
+
+
 def test_a_catalog_without_times_has_no_span():
     items = np.array([0, 1, 2], np.int32)
-    known = Sequences(np.array([0, 3]), items, np.array([NO_TIMESTAMP, 20, 10]), 3)
-    assert known.span == (10, 20)
     with pytest.raises(DataError, match="no interaction has a time"):
         _ = Sequences(np.array([0, 3]), items, np.full(3, NO_TIMESTAMP), 3).span

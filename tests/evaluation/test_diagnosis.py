@@ -8,15 +8,18 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from genrec_dist.collaborative.stage import load_fusion
-from genrec_dist.config import FusionConfig
+from genrec_dist.config import Config, FusionConfig, RuntimeConfig
 from genrec_dist.evaluation.dense import by_history, dense_ranks
 from genrec_dist.evaluation.diagnosis import diagnose
 from genrec_dist.evaluation.generative import GenerativeRanker
 from genrec_dist.evaluation.metrics import rank_metrics
+from genrec_dist.evaluation.ranking import rank_users
 from genrec_dist.generator.beam import exact_log_probabilities, node_log_probabilities
+from genrec_dist.methods import build_stages
 from genrec_dist.testing.tiny import (
     tiny_embeddings,
     tiny_generator,
@@ -131,6 +134,31 @@ def test_the_command_adds_stage_one(tmp_path, mode):
     assert "Stage I, all items" in shown.output
     assert "Recall@10 behind it" in shown.output
     assert "distillation token, all items" not in shown.output  # it stands at the end
+
+
+def test_stage_one_is_evaluated_as_a_reference(tmp_path):
+    fusion = FusionConfig(dim=4, max_history=9, backbone="sasrec", time_bumps=4, integrated="sum")
+    run = tiny_run(tmp_path, "small", TRIE, "prorec", fusion)
+    config = run.config().model_copy(update={"references": ["stage_one"]})
+    stage = next(stage for stage in build_stages(config) if stage.title == "evaluation stage_one")
+    inputs = {role: run.artifact(role) for role in stage.inputs}
+    assert set(inputs) == {"catalog", "semantic", "fusion"}
+    ranks = rank_users(Worker(), inputs, stage.settings, RuntimeConfig(backend="local"))
+    stage_one = load_fusion(fusion, tiny_embeddings(NUM_ITEMS, seed=4), inputs["fusion"])
+    for split in ("test", "valid"):
+        samples, _ = holdout_samples(
+            tiny_sequences(30, NUM_ITEMS, shortest=4), 9, split, torch.device("cpu"), times=True
+        )
+        expected = dense_ranks(by_history(stage_one.score_catalog), samples, 9, Worker())
+        assert ranks[split]["rank"].tolist() == expected.tolist()
+    assert len(set(expected.tolist())) > 5
+
+
+def test_stage_one_is_a_reference_of_prorec_only():
+    with pytest.raises(ValidationError, match="stage_one"):
+        Config(method="csj_id", references=["stage_one"])
+    text_alone = Config(method="prorec", references=["popularity", "stage_one"], fusion=FusionConfig(mode="semantic"))
+    assert text_alone.active_references == ["popularity"]
 
 
 def test_a_run_without_a_generator_is_refused(tmp_path):

@@ -77,10 +77,20 @@ def test_similarity_of_the_modalities(tmp_path, concat, ours, said):
     assert page.row("Concat, paper")[1:3] == ["97.33%", "2.67%"]
 
 
-def ablation(root: Path, name: str, recalls: dict[str, float]) -> FakeStudy:
+def ablation(root: Path, name: str, recalls: dict[str, float], alone: dict[str, float] | None = None) -> FakeStudy:
+    """Runs of variants; `alone`: Recall@10 of the beam without the token's score, of those that mix it in."""
     study = FakeStudy(root, name)
     for variant, recall in recalls.items():
-        study.run(variant).summary(scored(recall), {})
+        extra = {"without_mix": scored(alone[variant])["test"]} if variant in (alone or {}) else {}
+        study.run(variant).summary(scored(recall) | extra, {})
+    return study
+
+
+def with_settings(study: FakeStudy, old: str, new: str) -> FakeStudy:
+    for data in study.runs.values():
+        text = (data.run.path / "config.yaml").read_text()
+        assert old in text
+        (data.run.path / "config.yaml").write_text(text.replace(old, new))
     return study
 
 
@@ -99,6 +109,33 @@ def test_tasks(tmp_path):
     assert page.row("Alignment, paper")[1:] == ["0.0827", "0.1122", "0.0509", "0.0583"]
     assert page.row("Distillation alone")[1].startswith("0.0790")
     assert "Distillation alone, paper" not in page.text
+
+
+def test_ablations_compare_beams_alone(tmp_path):
+    """Only variants with a token can mix its score in: that they gain by it says nothing of the task."""
+    recalls = {"neither": 0.071, "alignment": 0.075, "both": 0.08, "distillation": 0.079}
+    sentence, page, _ = written(ablation(tmp_path, "tasks", recalls, {"both": 0.074, "distillation": 0.073}))
+    assert "holds only in part: in 4 of 8 comparisons" in sentence
+    assert "0.0740 for Alignment and distillation, 0.0750 for Alignment" in sentence
+    assert page.row("Alignment and distillation, beam alone")[1].startswith("0.0740")
+    assert "Alignment and distillation -1.3% over Alignment (0.0740 against 0.0750)" in page.text
+
+
+def test_what_prorec_has_and_sasrec_has_not_is_said(tmp_path):
+    assert "SASRec has not" not in written(performance(tmp_path / "a", [0.08], rival=0.07))[1].text
+    with_times = with_settings(performance(tmp_path / "b", [0.08], rival=0.07), "time_bumps: 0", "time_bumps: 8")
+    said = written(with_times)[1].text
+    assert "PRORec has, and SASRec has not: the times of a user's history" in said
+
+
+@pytest.mark.parametrize(("data_set", "printed"), [("beauty", "0.0939"), ("toys", "0.0822"), ("other", None)])
+def test_a_printed_row_is_that_of_the_data_set(tmp_path, data_set, printed):
+    study = ablation(tmp_path, "tokenizers", {"hierarchical_kmeans": 0.08})
+    _, page, _ = written(with_settings(study, "path: beauty", f"path: {data_set}"))
+    if printed:
+        assert page.row("PRORec, paper")[1] == printed
+    else:
+        assert "PRORec, paper" not in page.text
 
 
 def test_ablations_of_another_data_set_stand_without_the_papers_rows(tmp_path):

@@ -72,7 +72,14 @@ def measured_flops(module: torch.nn.Module, batch: dict) -> float:
 def prefix_batch(**more: object) -> dict:
     history = torch.arange(BATCH * HISTORY).view(BATCH, HISTORY) % NUM_ITEMS
     mask = torch.ones(BATCH, HISTORY, dtype=torch.bool)
-    return {"history": history, "mask": mask, "target": torch.arange(BATCH), "count": float(BATCH)} | more
+    times = torch.zeros(BATCH, HISTORY + 1, dtype=torch.int64)
+    return {
+        "history": history,
+        "mask": mask,
+        "times": times,
+        "target": torch.arange(BATCH),
+        "count": float(BATCH),
+    } | more
 
 
 def row_batch() -> dict:
@@ -88,7 +95,7 @@ def aligned() -> dict:
 @pytest.mark.parametrize("head", ["child", "per_level"])
 @pytest.mark.parametrize("encoder_input", ["item", "codes"])
 @pytest.mark.parametrize(
-    "change", [{}, {"distill_weight": 0.0}, {"train_item_embeddings": False}, {"ffn_multiplier": 2}]
+    "change", [{}, {"distill_weight": 0.0}, {"train_item_embeddings": False}, {"ffn_multiplier": 2}, {"time_bumps": 40}]
 )
 def test_generator_size_is_that_of_the_model(trie: Trie, head: str, encoder_input: str, change: dict) -> None:
     config = GeneratorConfig(
@@ -111,11 +118,20 @@ def test_generator_groups_are_those_of_its_modules(trie: Trie) -> None:
     assert groups["node embeddings"] == trainable(model.head.nodes)
 
 
+@pytest.mark.parametrize("bumps", [0, 40])
 @pytest.mark.parametrize("attention", ["dot", "mlp"])
-def test_din_fusion_size_is_that_of_the_model(attention: str) -> None:
+def test_din_fusion_size_is_that_of_the_model(attention: str, bumps: int) -> None:
     loss = "sampled_softmax" if attention == "mlp" else "full_softmax"
     optim = OptimConfig(batch_size=BATCH)
-    config = FusionConfig(dim=16, max_history=HISTORY, attention=attention, loss=loss, num_negatives=12, optim=optim)
+    config = FusionConfig(
+        dim=16,
+        max_history=HISTORY,
+        attention=attention,
+        loss=loss,
+        num_negatives=12,
+        time_bumps=bumps,
+        optim=optim,
+    )
     model = FusionModel(config, torch.randn(NUM_ITEMS, 20))
     size = fusion_size(config, NUM_ITEMS, semantic_dim=20)
     assert size.num_parameters == trainable(model)
@@ -124,8 +140,10 @@ def test_din_fusion_size_is_that_of_the_model(attention: str) -> None:
     assert size.forward_flops == pytest.approx(measured_flops(model, batch), rel=0.02)
 
 
-def test_self_attentive_fusion_size_is_that_of_the_model() -> None:
-    config = FusionConfig(backbone="sasrec", dim=16, max_history=HISTORY, optim=OptimConfig(batch_size=BATCH))
+@pytest.mark.parametrize("bumps", [0, 40])
+def test_self_attentive_fusion_size_is_that_of_the_model(bumps: int) -> None:
+    optim = OptimConfig(batch_size=BATCH)
+    config = FusionConfig(backbone="sasrec", dim=16, max_history=HISTORY, time_bumps=bumps, optim=optim)
     model = FusionModel(config, torch.randn(NUM_ITEMS, 20))
     size = fusion_size(config, NUM_ITEMS, semantic_dim=20, mean_targets=HISTORY)
     assert size.num_parameters == trainable(model)
@@ -178,6 +196,8 @@ def test_zero_shards_what_its_stage_says(stage: int, parameters: int, gradients:
         "activations": 84,
     }
     assert training_memory(size, 3, RuntimeConfig(num_workers=4, zero_stage=stage), zero=False)["optimiser"] == 800
+    averaged = training_memory(size, 3, RuntimeConfig(num_workers=4, zero_stage=stage), zero=True, averaged=True)
+    assert averaged["optimiser"] == optimiser + (100 if stage else 400)
 
 
 @pytest.mark.parametrize("head", ["per_level", "child"])

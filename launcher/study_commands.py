@@ -51,6 +51,8 @@ Parallel = Annotated[
     int,
     typer.Option("--parallel", metavar="N", min=1, help="Runs at once, as child processes; runtime.backend=local."),
 ]
+ReportOnly = Annotated[bool, typer.Option("--report-only", help="Run nothing; write the page of the runs that exist.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the runs and what they build; start nothing.")]
 Encoders = Annotated[
     list[str] | None,
     typer.Option(
@@ -79,12 +81,8 @@ def study(
             "--identifiers-only", help="csj-lambda: stop every run after its identifiers; minutes, no Recall."
         ),
     ] = False,
-    report_only: Annotated[
-        bool, typer.Option("--report-only", help="Run nothing; write the page of the runs that exist.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs and what they build; start nothing.")
-    ] = False,
+    report_only: ReportOnly = False,
+    dry_run: DryRun = False,
     parallel: Parallel = 1,
     encoders: Encoders = None,
     store: StorePath = STORE,
@@ -141,12 +139,8 @@ def reproduce(
     order: Annotated[Order, typer.Option("--order", help="Order of interactions.")] = Order.both,
     seeds: Annotated[str, typer.Option("--seeds", metavar="0,1,2", help="Every run once for each.")] = "0,1,2",
     settings: Overrides = None,
-    report_only: Annotated[
-        bool, typer.Option("--report-only", help="Run nothing; write the page of the runs that exist.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs and what they build; start nothing.")
-    ] = False,
+    report_only: ReportOnly = False,
+    dry_run: DryRun = False,
     parallel: Parallel = 1,
     encoders: Encoders = None,
     store: StorePath = STORE,

@@ -19,8 +19,8 @@ SHAPES = re.compile(
     r"\b(?:(?:AKIA|ASIA)[A-Z0-9]{16}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}"
     r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*)"
 )
-USER_IN_URL = re.compile(r"(?<=://)\S+(?=@)")
-"""Up to the last @ of a word, since a password may hold / and @."""
+USER_IN_URL = re.compile(r"(?<=://)(?:[^\s/@]*:\S+|[^/@\s]+)(?=@)")
+"""With a password up to the last @ of the word, since it may hold / and @."""
 SHORTEST = 8
 """Values of the environment shorter than this could be anything."""
 

@@ -1,9 +1,9 @@
 """A run folder's copy in an S3 bucket: pushed while the run goes on, pulled where somebody asks for it.
 
 Every file is one object, put whole, so a reader sees an older or a newer one and never a part. `.pushed`, a word that
-is new with every push, comes last: who has copied everything up to it keeps it, and is as new while the bucket has the
-same. What a run leaves is for people and reports; artifacts and unfinished builds have their own rules
-(artifacts/cached_store.py, snapshots.py).
+is new with every push, comes last. A file of that name in the folder keeps the word up to which all was copied, and
+what each file was then: who has the bucket's word is as new, and what was changed here since is known. What a run leaves
+is for people and reports; artifacts and unfinished builds have their own rules (artifacts/cached_store.py, snapshots.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from genrec_dist.artifacts.bucket import Bucket
-from genrec_dist.artifacts.files import read_jsonl, write_atomic
+from genrec_dist.artifacts.files import read_json, read_jsonl, write_json
 from genrec_dist.artifacts.places import is_inside, parse_url
 from genrec_dist.artifacts.store import ArtifactStore
 from genrec_dist.errors import GenrecError
 
 EVENTS, PUSHED = "events.jsonl", ".pushed"
+Stamp = tuple[int, int]
+"""Size and time of a file."""
 
 
 class RunMirror:
@@ -34,32 +36,35 @@ class RunMirror:
 
     def __init__(self, place: str, folder: Path) -> None:
         self.bucket, self.folder = Bucket(parse_url(place)), folder
-        self._sent: dict[str, tuple[int, int]] = {}
+        self._sent: dict[str, Stamp] = {}
+        self._unannounced = False
         self._lock = threading.Lock()
 
     def push(self) -> None:
         """Put what changed since the last push, and remove what is gone."""
         with self._lock:
-            there, changed = set(), False
+            there = set()
             for file in sorted(self.folder.rglob("*")):
                 name = file.relative_to(self.folder).as_posix()
                 if file.name.startswith(".") or not file.is_file():
                     continue
                 there.add(name)
-                found = file.stat()
-                stamp = found.st_size, found.st_mtime_ns
+                stamp = _stamp(file)
                 if self._sent.get(name) != stamp:
+                    self._unannounced = True
                     self.bucket.write(name, file.read_bytes())
                     self._sent[name] = stamp
-                    changed = True
             gone = set(self._sent) - there
-            self.bucket.remove(gone)
-            for name in gone:
-                del self._sent[name]
-            if changed or gone:
-                word = secrets.token_hex(8).encode()
-                self.bucket.write(PUSHED, word)
-                write_atomic(self.folder / PUSHED, word)
+            if gone:
+                self._unannounced = True
+                self.bucket.remove(gone)
+                for name in gone:
+                    del self._sent[name]
+            if self._unannounced:
+                word = secrets.token_hex(8)
+                self.bucket.write(PUSHED, word.encode())
+                self._keep(word, self._sent)
+                self._unannounced = False
 
     def pull(self) -> None:
         """Bring the copy here unless the folder is as new, or a process of this machine works in it."""
@@ -73,30 +78,59 @@ class RunMirror:
 
     def pull_locked(self) -> None:
         """`pull` for the process that holds the folder."""
-        pushed, known = self.bucket.read(PUSHED), self.folder / PUSHED
-        if pushed is None:
-            return
+        found = self.bucket.read(PUSHED)
+        word = found[0].decode() if found is not None else ""  # none: the first push was cut off
         names = [name for name in self.bucket.names() if is_inside(name) and not Path(name).name.startswith(".")]
-        if not known.exists() or known.read_bytes() != pushed[0]:
-            self._pull_newer(names)
-            write_atomic(known, pushed[0])
+        if EVENTS not in names:
+            return
+        known, files = self._known()
+        if not word or known != word:
+            self._pull_newer(names, word, files)
         self._sent |= {name: self._sent.get(name, (-1, -1)) for name in names}
 
-    def _pull_newer(self, names: list[str]) -> None:
-        """Bring everything, unless more has happened in the folder than in the copy: then that is to be pushed."""
-        incoming = self.folder / f".{EVENTS}.pulled"
+    def _pull_newer(self, names: list[str], word: str, files: dict[str, Stamp]) -> None:
+        """Bring everything, unless more has happened in the folder than in the copy: then that is to be pushed.
+
+        Where as much has happened, what was changed here since the last copy stays.
+        """
+        incoming, whole = self.folder / f".{EVENTS}.pulled", False
         try:
-            if self.bucket.download(EVENTS, incoming) and _last(incoming) >= _last(self.folder / EVENTS):
-                for name in names:
-                    self._bring(name)
+            self.bucket.download(EVENTS, incoming)
+            there, here = _last(incoming), _last(self.folder / EVENTS)
+            for name in names if there >= here else ():
+                target = self.folder / name
+                if there == here and target.exists() and _stamp(target) != files.get(name):
+                    continue
+                if self._bring(name):
+                    files[name] = _stamp(target)
+            whole = True
         finally:
             incoming.unlink(missing_ok=True)
+            self._keep(word if whole else "", files)
 
-    def _bring(self, name: str) -> None:
+    def _bring(self, name: str) -> bool:
         target = self.folder / name
         part = target.with_name(f".{target.name}.pulled")
-        if self.bucket.download(name, part):
+        there = self.bucket.download(name, part)
+        if there:
             os.replace(part, target)
+        return there
+
+    def _known(self) -> tuple[str, dict[str, Stamp]]:
+        """The word up to which all was copied, and what each file was then."""
+        try:
+            record = read_json(self.folder / PUSHED)
+            return str(record["word"]), {name: (stamp[0], stamp[1]) for name, stamp in record["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return "", {}
+
+    def _keep(self, word: str, files: dict[str, Stamp]) -> None:
+        write_json(self.folder / PUSHED, {"word": word, "files": files})
+
+
+def _stamp(file: Path) -> Stamp:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _last(events: Path) -> float:

@@ -182,6 +182,8 @@ class Scheduler:
                 self._finish(unit)
                 continue
             again = self._may_restart(unit, code)
+            if again:  # whatever it still wrote is no end that another call came to
+                self._ends[unit.name] = last_end(self._run(unit))
             self.leases.release(unit.name)
             if again:
                 self.say(f"{unit.name}: {_how(code)}, started again from its last checkpoint")

@@ -67,4 +67,6 @@ def test_secrets_stay_out_of_command_lines():
     ]  # fmt: skip
     for user in ("user:pw", "user:p@ss", "user:pa/ss"):
         assert redact_text(f"see https://{user}@host/x then", {}) == f"see https://{HIDDEN}@host/x then"
+    for harmless in ("https://host/o/r@v1", "s3://b/x,mail=me@x.org"):
+        assert redact_text(harmless, {}) == harmless
     assert redact_command(["--set", "fusion.dim=64"], {}) == ["--set", "fusion.dim=64"]

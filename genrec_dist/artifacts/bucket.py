@@ -118,6 +118,8 @@ class Bucket:
                 batch = {"Objects": keys[start : start + REMOVED_AT_ONCE], "Quiet": True}
                 answer = self._client.delete_objects(Bucket=self.url.bucket, Delete=batch)
                 for failed in answer.get("Errors", ()):
+                    if failed.get("Code") in ABSENT:
+                        continue
                     name = failed.get("Key", "").removeprefix(self._prefix)
                     raise self._failure(name, f"not removed: {failed.get('Code')}")
 

@@ -101,6 +101,8 @@ class CachedStore(ArtifactStore):
             found = self.bucket.read(_manifest(stage, key))
             if found is None:
                 return False
+            if super().exists(stage, key) and _same_files(found[0], final):  # likewise
+                return True
             work = final.with_name(f".{key}.fetching")
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
@@ -226,22 +228,27 @@ class CachedStore(ArtifactStore):
 
     def _adopt(self, stage: str, key: str, folder: Path, found: tuple[bytes, str]) -> None:
         """Another machine finished the same artifact first: later stages have to read that one."""
-        try:
-            same = json.loads(found[0])["files"] == read_json(folder / MANIFEST)["files"]
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if same:
+        if _same_files(found[0], folder):
             return
         self.tell("artifact_finished_elsewhere", stage=stage, key=key)
         try:
-            self.fetch(stage, key, replace=True)
+            if self.fetch(stage, key, replace=True):
+                return
         except ArtifactError as error:  # the other's is in quarantine now
             self.tell("stored_artifact_corrupt", stage=stage, key=key, detail=str(error))
-            self._publish(stage, key, folder)
+        self._publish(stage, key, folder)
 
     def discard_building(self, stage: str, key: str) -> None:
         super().discard_building(stage, key)
         self.snapshots.forget(stage, key, _work_folder(self.path(stage, key)))
+
+
+def _same_files(manifest: bytes, folder: Path) -> bool:
+    """Whether a manifest names the very files of a finished artifact."""
+    try:
+        return json.loads(manifest)["files"] == read_json(folder / MANIFEST)["files"]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _work_folder(final: Path) -> Path:

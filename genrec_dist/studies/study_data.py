@@ -135,8 +135,9 @@ class StudyData:
 
     @property
     def references(self) -> list[str]:
-        """Reference methods of any run, in order."""
-        return list(dict.fromkeys(name for run in self.runs.values() for name in run.references))
+        """Reference methods of any run, in order; Stage I only where there is one variant, whose it is."""
+        found = dict.fromkeys(name for run in self.runs.values() for name in run.references)
+        return [name for name in found if name != "stage_one" or len(self.variants) == 1]
 
     @property
     def any_run(self) -> RunData | None:

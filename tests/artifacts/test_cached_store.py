@@ -145,6 +145,36 @@ def test_a_stale_cache_takes_over_what_was_built_anew(machine):
     assert store.heard == ["artifact_finished_elsewhere"]
 
 
+def test_a_writer_publishes_its_own_where_the_others_went_away(machine, monkeypatch):
+    first, second = machine("a"), machine("b")
+    with second.building(STAGE, KEY) as out:
+        (out / "model.bin").write_text("mine")
+        build(first, "others")
+        read, seen = Bucket.read, []
+
+        def vanishes(self, name):
+            found = read(self, name)
+            if name.endswith(f"{KEY}/{MANIFEST}") and not seen:
+                seen.append(name)
+                self.remove(list(self.names(f"{STAGE}/{KEY}/")))  # a third machine found it corrupt
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, "read", vanishes)
+            second.finish(STAGE, KEY, {"version": 1})
+    assert seen
+    assert content(machine("c").open(STAGE, KEY)) == {"model.bin": "mine"}
+
+
+def test_a_copy_that_another_process_brought_meanwhile_stays(machine):
+    build(machine("a"), "new")
+    store = machine("b")
+    store.open(STAGE, KEY)
+    before = (store.path(STAGE, KEY) / "model.bin").stat().st_ino
+    assert store.fetch(STAGE, KEY, replace=True)
+    assert (store.path(STAGE, KEY) / "model.bin").stat().st_ino == before
+
+
 def test_a_writer_publishes_its_own_where_the_others_is_corrupt(machine):
     first, second = machine("a"), machine("b")
     with second.building(STAGE, KEY) as out:
@@ -202,7 +232,7 @@ def test_a_conflict_is_tried_again(machine, monkeypatch):
 
 def test_what_cannot_be_removed_is_an_error(machine, monkeypatch):
     store = machine("a")
-    refused = {"Errors": [{"Key": "team/store/name", "Code": "AccessDenied"}]}
+    refused = {"Errors": [{"Key": "x", "Code": "NoSuchKey"}, {"Key": "team/store/name", "Code": "AccessDenied"}]}
     monkeypatch.setattr(store.bucket._client, "delete_objects", lambda **request: refused)
     with pytest.raises(ClusterError, match=r"(?s)name.*not removed: AccessDenied"):
         store.bucket.remove(["name"])

@@ -105,6 +105,55 @@ def test_a_folder_that_went_further_is_not_overwritten(mirror):
     assert names(other.folder)["report.json"] == "further"
 
 
+def test_logs_that_grew_are_kept_where_no_event_is_newer(mirror):
+    """A killed run's folder, and somebody who wrote its report elsewhere meanwhile."""
+    writer, other = mirror("a"), mirror("b")
+    write(writer, config="c", log="one line")
+    writer.push()
+    (writer.folder / "log.json").write_text("three lines")
+    other.pull()
+    (other.folder / "report.json").write_text("r")
+    other.push()
+    writer = mirror("a")
+    writer.pull()
+    assert names(writer.folder)["log.json"] == "three lines"
+    assert names(writer.folder)["report.json"] == "r"
+    writer.push()
+    other.pull()
+    assert names(other.folder)["log.json"] == "three lines"
+
+
+def test_a_push_that_was_cut_off_before_its_word_is_announced_by_the_next(mirror, monkeypatch):
+    writer, reader = mirror("a"), mirror("b")
+    write(writer, config="c")
+    writer.push()
+    reader.pull()
+    put = Bucket.write
+
+    def dies(self, name, data, **condition):
+        if name == ".pushed":
+            raise InjectedFault
+        return put(self, name, data, **condition)
+
+    (writer.folder / "report.json").write_text("r")
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "write", dies)
+        with pytest.raises(InjectedFault):
+            writer.push()
+    writer.push()
+    reader.pull()
+    assert names(reader.folder)["report.json"] == "r"
+
+
+def test_a_run_whose_first_push_was_cut_off_is_brought_as_far_as_it_came(mirror):
+    writer, reader = mirror("a"), mirror("b")
+    write(writer, config="c")
+    writer.push()
+    writer.bucket.remove([".pushed"])
+    reader.pull()
+    assert names(reader.folder) == names(writer.folder)
+
+
 def test_a_push_of_nothing_new_changes_nothing(mirror):
     writer = mirror("a")
     write(writer, config="c")

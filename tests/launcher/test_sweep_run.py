@@ -204,6 +204,19 @@ def test_what_another_call_ended_meanwhile_is_not_run_again(carry_out, tmp_path)
     assert (outcome.finished, outcome.failed) == ({"t1", "t2"}, {"t3": "broke there"})
 
 
+def test_a_killed_child_that_had_written_a_failure_starts_again(carry_out, monkeypatch):
+    ended = FakePool.ended
+
+    def writes_first(self):
+        if "t1" in self.started and len(self.started) == 1:
+            self.folder.run("t1", False).event("run_failed", exit_code=1, error="on its way out")
+        return ended(self)
+
+    monkeypatch.setattr(FakePool, "ended", writes_first)
+    outcome, pool, _ = carry_out([unit("t1")], {"t1": [-9, 0]})
+    assert (outcome.finished, pool.started) == ({"t1"}, ["t1", "t1"])
+
+
 def test_the_reason_of_an_earlier_failure_is_not_that_of_a_new_one(carry_out):
     assert carry_out([unit("t1")], {"t1": [3]})[0].failed == {"t1": "broke with 3"}
     outcome, _, _ = carry_out([unit("t1")], {"t1": [4]}, retry=True)  # dies before it can say anything

@@ -121,6 +121,17 @@ def test_ablations_compare_beams_alone(tmp_path):
     assert "Alignment and distillation -1.3% over Alignment (0.0740 against 0.0750)" in page.text
 
 
+def test_stage_one_stands_beside_the_run_that_it_is_of(tmp_path):
+    alone = performance(tmp_path / "a", [0.08], rival=0.07)
+    for fake in (alone, ablation(tmp_path / "b", "tasks", {"neither": 0.071, "both": 0.08})):
+        for data in fake.runs.values():
+            main = read_json(data.run.path / "metrics.json")
+            main["references"] |= {"stage_one": scored(0.09)}
+            write_json(data.run.path / "metrics.json", main)
+        _, page, _ = written(fake)
+        assert ("stage one" in page.text) == (fake is alone)
+
+
 def test_what_prorec_has_and_sasrec_has_not_is_said(tmp_path):
     assert "SASRec has not" not in written(performance(tmp_path / "a", [0.08], rival=0.07))[1].text
     with_times = with_settings(performance(tmp_path / "b", [0.08], rival=0.07), "time_bumps: 0", "time_bumps: 8")

@@ -275,11 +275,16 @@ def test_the_interval_of_a_lead_by_hand():
     found = judge_lead(trials, LEAD, NDCG)
     pooled = np.sqrt((2 * 0.002**2 + 2 * 0.005**2) / 2)
     half = stats.t.ppf(0.975, 2) * pooled / np.sqrt(2)
+    assert found.judgement == ("confirmed" if half < 0.012 else "undecided")
     assert found.difference.mean == pytest.approx(0.012)
     assert found.difference.interval == pytest.approx((0.012 - half, 0.012 + half))
     assert "between +24.0% (at 1) and +50.0% (at 8)" in found.sentence
     one = judge_lead([t for t in trials if t.seed == 0], LEAD, NDCG)
     assert (one.judgement, one.difference.interval) == ("undecided", None)
+    waiting = dataclasses.replace(trials[0], depth=32, state="pending", metrics={})
+    part = judge_lead([*trials, waiting], LEAD, NDCG)
+    assert part.judgement == "undecided"
+    assert "without a pair at 32" in part.sentence
     none = judge_lead([t for t in trials if (t.arm, t.depth) in (("prorec", 1), ("hstu", 8))], LEAD, NDCG)
     assert "no depth and seed has both" in none.sentence
 

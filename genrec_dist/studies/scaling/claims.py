@@ -62,7 +62,7 @@ CLAIMS = (
     DepthClaim("prorec", "PRORec goes on improving up to 32 layers", 1),
     DepthClaim("hstu", "HSTU declines beyond 8 layers", -1),
 )
-LEAD = LeadClaim("prorec", "PRORec outperforms HSTU at every depth, by up to 21.42% in NDCG@20", "hstu")
+LEAD = LeadClaim("prorec", "PRORec outperforms HSTU at every depth (the paper: by up to 21.42% in NDCG@20)", "hstu")
 METRICS = ("ndcg@20", "recall@20")
 
 
@@ -154,12 +154,15 @@ def judge(trials: Sequence[Trial], claim: DepthClaim, metric: str) -> ClaimVerdi
 def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimVerdict:
     """Judge a lead: confirmed when the interval at every depth is above zero, contradicted when one is below.
 
-    Differences are paired by depth and seed; their spread about the mean of their depth is pooled over all depths.
+    Differences are paired by depth and seed; their spread about the mean of their depth is pooled over all depths. One
+    depth below is enough to contradict, so that side's level is shared out over the depths (Bonferroni). A sweep that
+    lacks a pair at a depth cannot confirm.
     """
     ours, others = by_seed(trials, claim.arm, metric), by_seed(trials, claim.other, metric)
+    asked = sorted({trial.depth for trial in trials if trial.arm in (claim.arm, claim.other)})
     leads, relative = {}, {}
-    for depth in sorted(ours.keys() & others.keys()):
-        seeds = sorted(ours[depth].keys() & others[depth].keys())
+    for depth in asked:
+        seeds = sorted(ours.get(depth, {}).keys() & others.get(depth, {}).keys())
         if seeds:
             leads[depth] = np.array([ours[depth][seed] - others[depth][seed] for seed in seeds])
             base = float(np.mean([others[depth][seed] for seed in seeds]))
@@ -172,22 +175,29 @@ def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimV
         f"{_label(metric)}: ahead at {len(ahead)} of {len(leads)} depths, between {relative[least]:+.1%} (at {least}) "
         f"and {relative[most]:+.1%} (at {most})"
     )
-    freedom = sum(len(lead) - 1 for lead in leads.values())
+    lacking = [str(depth) for depth in asked if depth not in leads]
+    if lacking:
+        said += f"; without a pair at {', '.join(lacking)}"
     smallest = min(leads, key=lambda depth: leads[depth].mean())
     mean, num_seeds = float(leads[smallest].mean()), len(leads[smallest])
+    freedom = sum(len(lead) - 1 for lead in leads.values())
     if not freedom:
         sentence = f"{said}; one seed, so no interval."
         return ClaimVerdict(claim, metric, "undecided", sentence.replace("-", "−"), Difference(mean, None, num_seeds))
     spread = np.sqrt(sum(((lead - lead.mean()) ** 2).sum() for lead in leads.values()) / freedom)
-    half = {depth: float(stats.t.ppf(0.975, freedom) * spread / np.sqrt(len(lead))) for depth, lead in leads.items()}
+
+    def half(depth: int, tail: float) -> float:
+        return float(stats.t.ppf(1 - tail, freedom) * spread / np.sqrt(len(leads[depth])))
+
     judgement: Judgement = "undecided"
-    if all(lead.mean() > half[depth] for depth, lead in leads.items()):
+    if not lacking and all(lead.mean() > half(depth, 0.025) for depth, lead in leads.items()):
         judgement = "confirmed"
-    elif any(lead.mean() < -half[depth] for depth, lead in leads.items()):
+    elif any(lead.mean() < -half(depth, 0.025 / len(leads)) for depth, lead in leads.items()):
         judgement = "contradicted"
-    low, high = mean - half[smallest], mean + half[smallest]
+    low, high = mean - half(smallest, 0.025), mean + half(smallest, 0.025)
     sentence = f"{said}; least at {smallest} layers: {mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f}."
-    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), Difference(mean, (low, high), num_seeds))
+    difference = Difference(mean, (low, high), num_seeds)
+    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), difference)
 
 
 def judge_all(trials: Sequence[Trial]) -> list[ClaimVerdict]:

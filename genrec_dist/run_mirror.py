@@ -2,8 +2,9 @@
 
 Every file is one object, put whole, so a reader sees an older or a newer one and never a part. `.pushed`, a word that
 is new with every push, comes last. A file of that name in the folder keeps the word up to which all was copied, and
-what each file was then: who has the bucket's word is as new, and what was changed here since is known. What a run leaves
-is for people and reports; artifacts and unfinished builds have their own rules (artifacts/cached_store.py, snapshots.py).
+what each file was then: who has the bucket's word is as new, and what was changed here since is known. What a run
+leaves is for people and reports; artifacts and unfinished builds have their own rules (artifacts/cached_store.py,
+snapshots.py).
 """
 
 from __future__ import annotations

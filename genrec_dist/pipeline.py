@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from genrec_dist.artifacts.files import read_jsonl, write_json
-from genrec_dist.artifacts.store import ArtifactStore, content_key
+from genrec_dist.artifacts.store import SCRATCH, ArtifactStore, content_key
 from genrec_dist.config import RuntimeConfig
 from genrec_dist.errors import ArtifactError
 from genrec_dist.runs import RunFolder, append_event
@@ -46,7 +46,7 @@ class StageContext:
 
     @property
     def scratch(self) -> Path:
-        path = self.out / "scratch"
+        path = self.out / SCRATCH
         path.mkdir(exist_ok=True)
         return path
 

@@ -5,6 +5,7 @@ Reads the configuration, writes `runs/<name>/` and the artifact store. It knows 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
@@ -208,7 +209,8 @@ def perform(
                 failure = explain(error, signals.seen())
                 failure.log = log
                 kind = EVENT_OF_EXIT.get(failure.exit_code, "run_failed")
-                run.event(kind, exit_code=failure.exit_code, type=failure.kind, error=failure.text)
+                with contextlib.suppress(OSError):  # a full disk must not hide the failure and its code
+                    run.event(kind, exit_code=failure.exit_code, type=failure.kind, error=failure.text)
                 traceback.print_exc(file=sys.stderr)
                 screen.close(failed=True)
                 _push_last(mirroring)

@@ -350,11 +350,13 @@ def stream_embeddings(
     rows_per_shard: int = 0,
     dtype: Dtype = "float32",
 ) -> None:
-    """Write a table of which one shard at a time is in memory; shards that are there already are left alone.
+    """Write a table of which one shard at a time is in memory.
+
+    Shards of an earlier attempt are written again: it may have been of another training.
 
     Args:
         rows: (start, stop) -> rows start..stop - 1, (n, dim) float32, every row finite.
     """
     writer = EmbeddingWriter(folder, num_items, dim, rows_per_shard, dtype)
-    for shard in writer.pending():
+    for shard in range(writer.num_shards):
         writer.write(shard, rows(*writer.rows(shard)))

@@ -27,7 +27,7 @@ from genrec_dist.artifacts.files import canonical_json, read_json, sha256_file, 
 from genrec_dist.config import check_name
 from genrec_dist.errors import ArtifactError
 
-MANIFEST = "MANIFEST.json"
+MANIFEST, SCRATCH = "MANIFEST.json", "scratch"
 
 
 def content_key(name: str, version: int, settings: dict, inputs: dict[str, str]) -> str:
@@ -36,8 +36,9 @@ def content_key(name: str, version: int, settings: dict, inputs: dict[str, str])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+def _files(folder: Path, besides: Path | None = None) -> list[Path]:
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return sorted(p for p in found if besides is None or not p.is_relative_to(besides))
 
 
 def _checksums(files: list[Path]) -> list[str]:
@@ -46,9 +47,13 @@ def _checksums(files: list[Path]) -> list[str]:
         return list(pool.map(sha256_file, files))
 
 
-def write_manifest(folder: Path, description: dict) -> None:
-    """Write the manifest of everything in a folder: with it the folder is a finished artifact."""
-    files = _files(folder)
+def write_manifest(folder: Path, description: dict, besides: Path | None = None) -> None:
+    """Write the manifest of everything in a folder: with it the folder is a finished artifact.
+
+    Args:
+        besides: a folder in it that is left out, and has to go before anybody reads the artifact.
+    """
+    files = _files(folder, besides)
     entries = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": checksum}
         for file, checksum in zip(files, _checksums(files))
@@ -190,6 +195,7 @@ class ArtifactStore:
         with self._locked(stage, key, waiting):
             folder = self.path(stage, key).with_name(f"{key}.building")
             folder.mkdir(exist_ok=True)
+            self._undo_aside(stage, key, folder)
             try:
                 yield folder
             finally:
@@ -224,21 +230,43 @@ class ArtifactStore:
     def finish(self, stage: str, key: str, description: dict) -> Path:
         """Checksum the work folder, write its manifest last, and rename it into place.
 
-        Call inside `building`. `scratch/` inside the work folder (checkpoints of a running stage) is dropped.
+        Call inside `building`. `scratch/` inside the work folder (checkpoints of a running stage) is dropped, once the
+        checksums, which may take minutes, are there: a build that is killed before goes on from it.
         """
         final = self.path(stage, key)
         folder = final.with_name(f"{key}.building")
-        shutil.rmtree(folder / "scratch", ignore_errors=True)
+        scratch, aside = folder / SCRATCH, _aside(folder)
         for pattern in (".*.tmp", "*.partial"):  # our atomic writes and Zarr's, killed before their rename
             for leftover in folder.rglob(pattern):
                 leftover.unlink()
-        write_manifest(folder, {"stage": stage, "key": key, **description})
+        write_manifest(folder, {"stage": stage, "key": key, **description}, besides=scratch)
         if final.exists():  # a folder that lost its manifest
             self.quarantine(stage, key)
+        if scratch.exists():
+            os.replace(scratch, aside)
         os.replace(folder, final)
+        shutil.rmtree(aside, ignore_errors=True)
         self._verified.add(final)
         return final
 
+    def _undo_aside(self, stage: str, key: str, folder: Path) -> None:
+        """Put back the scratch that a kill between the renames of `finish` left, or remove it behind them."""
+        aside = _aside(folder)
+        if not aside.exists():
+            return
+        if self.exists(stage, key) or (folder / SCRATCH).exists():
+            shutil.rmtree(aside)
+        else:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            os.replace(aside, folder / SCRATCH)
+
     def discard_building(self, stage: str, key: str) -> None:
         """Throw away an unfinished build."""
-        shutil.rmtree(self.path(stage, key).with_name(f"{key}.building"), ignore_errors=True)
+        folder = self.path(stage, key).with_name(f"{key}.building")
+        for part in (folder, _aside(folder)):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where the scratch of a work folder is for the moment in which the folder becomes the artifact."""
+    return folder.with_name(f".{folder.name}.{SCRATCH}")

@@ -60,6 +60,14 @@ def read_interactions(path: Path, source: str, file: int) -> Iterator[pa.Table]:
         Tables of schema rows.INTERACTIONS; timestamp in int64 seconds, position null.
     """
     is_csv = ".csv" in path.suffixes
+    if is_csv and source != "amazon2014":
+        raise DataError(
+            "ratings as CSV are read for 2014 only: later years have other columns in another order",
+            where=path,
+            got=source,
+            expected="reviews as JSON lines, or catalog.source=amazon2014",
+            fix="take the file of reviews, or of ratings in 2014's form: user,item,rating,timestamp in seconds",
+        )
     parse = _rating if is_csv else lambda text: _review(_json_object(text), source)
     return _read(path, "interactions", file, parse)
 

@@ -132,7 +132,11 @@ class Catalog:
                 return Sequences(*arrays, self.num_items)
             except OSError as error:
                 warnings.warn(f"sequences are read into memory, not mapped: {error}", RuntimeWarning, stacklevel=2)
-        return self._sequences(pq.read_table(path, columns=["items", "timestamps"]))
+        return self.read_sequences()
+
+    def read_sequences(self) -> Sequences:
+        """All sequences in memory, however many."""
+        return self._sequences(pq.read_table(self.folder / "sequences.parquet", columns=["items", "timestamps"]))
 
     def iterate_sequences(self) -> Iterator[Sequences]:
         """The sequences of one row group after the other: consecutive users, nothing else in memory."""

@@ -61,7 +61,7 @@ def _offsets(lengths: np.ndarray | pa.Array) -> pa.Array:
 
 
 def _statistics(assembled: Assembled, folder: Path) -> dict:
-    sequences = Catalog(folder).sequences
+    sequences = Catalog(folder).read_sequences()  # not mapped: the folder gets another name
     lengths = sequences.lengths
     num_users, num_items, num_interactions = sequences.num_users, sequences.num_items, len(sequences.items)
     return {

@@ -1,7 +1,7 @@
 """Sequence backbones over a given item table: DIN with target attention, and SASRec.
 
 A backbone gets the item embedding table at every call, so the same code serves collaborative-only models,
-the fused table of PRORec Stage I and the SASRec baseline. Single device; knows no losses.
+the fused table of PRORec Stage I and the SASRec baseline. Single device.
 
 Shape legend: B batch, L history length, N candidates, D width.
 """
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genrec_dist.catalog.dataset import NO_TIMESTAMP
+from genrec_dist.collaborative.losses import at_least_float32
 from genrec_dist.generator.transformer import AddNorm, EncoderLayer, init_weights
 
 
@@ -50,6 +51,7 @@ class TimeEncoding(nn.Module):
         first, last = self.span[0], self.span[1]
         known = times_BL != NO_TIMESTAMP
         since = (times_BL.where(known, first) - first).double() / (last - first).clamp(min=1)
+        since = since.clamp(0, 1)  # what came later than the train parts is as their end
         place = since.float()[..., None] * (self.num_bumps - 1)
         bumps = torch.exp(-0.5 * (place - torch.arange(self.num_bumps, device=place.device)) ** 2)
         return self.linear(bumps * known[..., None])
@@ -140,14 +142,15 @@ class Din(nn.Module):
         states_BLD = self.dropout(self.norm(rows_BLD + self.position(recency(mask_BL)) + beside_BLD))
         states_BLD = states_BLD + self.state(states_BLD)
         value_BLD = self.value(states_BLD)
-        pooled = self.pool(states_BLD).squeeze(-1).masked_fill(~mask_BL, -1e9).softmax(1)
+        pooled = at_least_float32(self.pool(states_BLD).squeeze(-1)).masked_fill(~mask_BL, -1e9).softmax(1)
         pooled_BD = torch.einsum("bl,bld->bd", pooled, states_BLD)
         user_BD = pooled_BD + self.user(pooled_BD)
         candidate_ND = candidates_ND
         if self.cosine:
             value_BLD, user_BD = F.normalize(value_BLD, dim=-1), F.normalize(user_BD, dim=-1)
             candidate_ND = F.normalize(candidate_ND, dim=-1)
-        weight_BLN = self._activation(states_BLD, candidates_ND).masked_fill(~mask_BL[..., None], -1e9).softmax(1)
+        activation_BLN = at_least_float32(self._activation(states_BLD, candidates_ND))
+        weight_BLN = activation_BLN.masked_fill(~mask_BL[..., None], -1e9).softmax(1)
         interest_BN = (weight_BLN * (value_BLD @ candidate_ND.T)).sum(1)
         share = torch.sigmoid(self.mix)
         return share * interest_BN + (1 - share) * (user_BD @ candidate_ND.T)

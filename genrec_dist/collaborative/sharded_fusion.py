@@ -48,6 +48,14 @@ def check_shardable(config: FusionConfig) -> None:
             expected="fusion.mode joint",
             fix="set runtime.shard_tables=false",
         )
+    if config.optim.precision == "fp16":
+        raise ConfigError(
+            "tables over graph partitions have no loss scale, which fp16 needs",
+            where="fusion.optim.precision",
+            got="fp16",
+            expected="auto, fp32 or bf16 with runtime.shard_tables",
+            fix="set fusion.optim.precision=bf16",
+        )
     if config.time_bumps:
         raise ConfigError(
             "times are not read over graph partitions",

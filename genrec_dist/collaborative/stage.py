@@ -2,7 +2,7 @@
 
 Writes the integrated table (Zarr, the artifact itself), `collaborative/` and `adapted/` tables, model.safetensors,
 curves.jsonl, summary.json and similarity.json (equations 9 and 10, Table 4). Over graph partitions the item table is in
-`collaborative/` alone, and model.safetensors holds the dense layers. Mode `semantic` writes the text's table alone.
+`collaborative/` alone, and dense.safetensors holds the other layers. Mode `semantic` writes the text's table alone.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from genrec_dist.training.sharded import ShardedEngine, refuse_deepspeed
 from genrec_dist.training.tasks import PrefixBatches, RowBatches, alignment_batch, steady, uniform_negatives
 from genrec_dist.training.worker import Worker
 
+DENSE = "dense.safetensors"
+"""What a Stage I over partitions has besides its tables."""
 COMPARED_ITEMS = 50_000
 """Items whose rows are read for similarity.json where no worker has the whole tables."""
 
@@ -158,10 +160,15 @@ def load_fusion(config: FusionConfig, semantic: np.ndarray, folder: Path) -> Fus
 
     Args:
         semantic: embeddings that it was trained with, (num_items, semantic_dim).
-        folder: of the artifact, which was not trained over partitions.
+        folder: of the artifact.
     """
     model = FusionModel(as_trained(config), torch.from_numpy(semantic))
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    if (folder / DENSE).is_file():
+        table = torch.from_numpy(read_embeddings(folder / "collaborative"))
+        state = load_file(folder / DENSE) | {"collaborative.weight": table}
+    else:
+        state = load_file(folder / "model.safetensors")
+    model.load_state_dict(state, strict=True)
     return model.eval()
 
 
@@ -221,5 +228,5 @@ def train_sharded_fusion(worker: Worker, context: StageContext, settings: dict) 
             folder, table, partitions.item_ids(), partitions.offsets, worker, first_row=task.model.num_own_users
         )
     if worker.is_main:
-        save_file({name: p.detach().cpu() for name, p in engine.dense.items()}, context.out / "model.safetensors")
+        save_file({name: p.detach().cpu() for name, p in engine.dense.items()}, context.out / DENSE)
         write_json(context.out / "summary.json", summary)

@@ -21,6 +21,7 @@ class RqvaeOptim(OptimConfig):
     patience: int = Field(1000, ge=1, description="validations without more variance explained before stopping")
     precision: Literal["fp32"] = "fp32"
     length_buckets: int = Field(0, ge=0, le=0, description="always 0: items have no length")
+    ema_decay: float = Field(0.0, ge=0, le=0, description="always 0: an average of the weights has no codebooks")
 
 
 class RqvaeConfig(Section):

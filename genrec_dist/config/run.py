@@ -21,7 +21,7 @@ class EvaluationConfig(Section):
     cutoffs: list[int] = [1, 5, 10, 20]
     beam_width: int = Field(50, ge=1)
     mix_weight: float = Field(
-        0.0, ge=0, description="weight of the distillation token's dense log-probability beside the beam's"
+        0.0, ge=0, description="weight of the distillation token's dense logit beside the beam's log-probability"
     )
     bootstrap_samples: int = Field(1000, ge=0)
     exact_users: int = Field(1000, ge=0, description="users scored over the whole catalog to check the beam; 0 skips")

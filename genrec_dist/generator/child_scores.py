@@ -113,7 +113,8 @@ class TorchChildScores:
         trie, (rows, dim) = self.trie, query_RN.shape
         order = nodes_R.argsort()
         parents, sizes = torch.unique_consecutive(nodes_R[order], return_counts=True)
-        children = trie.num_children[parents]
+        # A dead beam is at the root, which may have more children than any node of this level.
+        children = trie.num_children[parents].clamp(max=trie.widths[level])
         gathered = (sizes * children).clamp(min=1) * dim
         if int((gathered > GROUP_FLOATS).sum()) * 2 < len(parents):  # many nodes of few beams and few children
             return self._gathered(query_RN, table, nodes_R, level)

@@ -158,9 +158,8 @@ class Generator(nn.Module):
         tokens = hide_items(tokens.flatten(2), hidden, self.training).view_as(tokens)
         tokens = tokens + place[:, :, None]
         exists = torch.arange(levels, device=mask_BS.device) < self.trie.depth[history_BS][..., None]
-        batch, length = mask_BS.shape
         keep = mask_BS[..., None] & exists
-        return tokens.reshape(batch, length * levels, -1), keep.reshape(batch, length * levels)
+        return tokens.flatten(1, 2), keep.flatten(1, 2)
 
     def _code_tokens(self, nodes: torch.Tensor) -> torch.Tensor:
         """Embedding of the (level, code) of each node, (..., D); the root has none."""

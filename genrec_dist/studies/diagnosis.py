@@ -53,10 +53,9 @@ def diagnose_run(
 
 
 def _stage_one(run: RunFolder, config: Config, device: torch.device) -> DenseRanker | None:
-    """Stage I as a recommender of its own; None where text alone is fused, or where it was trained over partitions."""
+    """Stage I as a recommender of its own; None where text alone is the table."""
     fusion = config.fusion
-    folder = run.artifact("fusion")
-    if fusion.mode == "semantic" or not (folder / "model.safetensors").is_file():
+    if fusion.mode == "semantic":
         return None
-    model = load_fusion(fusion, read_embeddings(run.artifact("semantic")), folder).to(device)
+    model = load_fusion(fusion, read_embeddings(run.artifact("semantic")), run.artifact("fusion")).to(device)
     return DenseRanker(by_history(model.score_catalog), fusion.max_history, times=fusion.time_bumps > 0)

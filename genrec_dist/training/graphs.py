@@ -120,6 +120,7 @@ class GraphEngine(TorchEngine):
 
     def _capture(self, batch: dict[str, Any], parts: int) -> _Captured | None:
         inputs = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+        before = self.flat.clone()  # gradients of the step's earlier parts
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.worker.device)
         torch.cuda.empty_cache()  # what eager steps left cached would not serve the graphs' own pool
@@ -127,18 +128,18 @@ class GraphEngine(TorchEngine):
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 losses = self._forward_backward(inputs, parts, self._call)
         except RuntimeError as error:
-            self._give_up(error)
+            self._give_up(error, before)
             return None
         return _Captured(graph, inputs, losses)
 
-    def _give_up(self, error: RuntimeError) -> None:
+    def _give_up(self, error: RuntimeError, gradients: torch.Tensor) -> None:
         self.capturing = False
         torch.cuda.synchronize(self.worker.device)
         # The generator still takes itself to be in the capture, and would refuse to draw: it gets a state of its own.
         fresh = torch.Generator(self.worker.device)
         torch.cuda.default_generators[self.worker.device.index or 0].graphsafe_set_state(fresh.graphsafe_get_state())
         self._bind()
-        self.flat.zero_()  # of the captured part nothing ran, but a backward pass may have been cut short
+        self.flat.copy_(gradients)  # of the captured part nothing ran, but a backward pass may have been cut short
         warnings.warn(f"training steps are not captured as CUDA graphs: {error}", stacklevel=2)
 
     # Update

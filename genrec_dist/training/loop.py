@@ -145,7 +145,8 @@ def train(
                     training.validate(watchdog.worker)
                 # The same on all workers, as worker 0 has it.
                 due, stopping = worker.tell([cadence.due(state.step), worker.is_main and stop.requested()])
-                if due or stopping or (epoch_end and training.epoch % checkpoint_epochs == 0):
+                ends = state.step == total or state.stopped
+                if due or stopping or ends or (epoch_end and training.epoch % checkpoint_epochs == 0):
                     watchdog.beat("checkpoint")
                     training.save()
                     cadence.saved(state.step)

@@ -120,6 +120,7 @@ class StopRequest(OnSigterm):
             Preempted: always.
         """
         if self.worker.is_main:
-            self.context.event("training_stopped", step=step)
-            stopped_file(self.context).touch()
+            with contextlib.suppress(OSError):  # a full disk must not hide why the training ends
+                self.context.event("training_stopped", step=step)
+                stopped_file(self.context).touch()
         raise Preempted

@@ -103,3 +103,11 @@ def test_a_folder_without_array_metadata_is_filled_in(tmp_path):
     (tmp_path / ARRAY).mkdir()  # killed between making the folder and writing zarr.json
     write_embeddings(tmp_path, table(3), rows_per_shard=4)
     assert np.array_equal(read_embeddings(tmp_path), table(3))
+
+
+def test_a_table_that_an_earlier_training_began_is_written_anew(tmp_path):
+    rng = np.random.default_rng(0)
+    first, second = (rng.normal(size=(10, 3)).astype(np.float32) for _ in range(2))
+    write_embeddings(tmp_path, first, rows_per_shard=4)  # killed before the artifact was finished, and trained again
+    write_embeddings(tmp_path, second, rows_per_shard=4)
+    assert np.array_equal(read_embeddings(tmp_path), second)

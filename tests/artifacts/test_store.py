@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +137,49 @@ def test_scratch_and_torn_temporaries_do_not_enter_the_artifact(tmp_path):
         (out / "data").write_bytes(b"1")
         folder = store.finish("toy", KEY, {})
     assert sorted(p.name for p in folder.iterdir()) == [MANIFEST, "data"]
+
+
+@pytest.mark.parametrize("where", ["checksums", "before the rename", "behind it"])
+def test_a_build_that_is_killed_while_it_is_finished_goes_on_from_its_scratch(tmp_path, monkeypatch, where):
+    store = ArtifactStore(tmp_path)
+    replace, renames = os.replace, []
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def killed_at(source, target):
+        renames.append(Path(target).name)
+        if where == "before the rename" and renames[-1] == KEY:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    def build_again() -> Path:
+        with store.building("toy", KEY) as out:
+            (out / "scratch").mkdir(exist_ok=True)
+            (out / "scratch" / "checkpoint").write_bytes(b"1")
+            (out / "data").write_bytes(b"1")
+            return store.finish("toy", KEY, {})
+
+    with monkeypatch.context() as patch:
+        if where == "checksums":
+            patch.setattr("genrec_dist.artifacts.store.sha256_file", killed)
+        elif where == "before the rename":
+            patch.setattr("genrec_dist.artifacts.store.os.replace", killed_at)
+        else:
+            patch.setattr("genrec_dist.artifacts.store.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_again()
+    if where == "behind it":
+        assert store.verify("toy", KEY) == []
+    else:
+        assert not store.exists("toy", KEY)
+    with store.building("toy", KEY) as out:
+        kept = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+        assert kept == ([] if where == "behind it" else ["data", "scratch/checkpoint"])
+        if where != "behind it":
+            folder = store.finish("toy", KEY, {})
+            assert sorted(p.name for p in folder.iterdir()) == [MANIFEST, "data"]
+    assert sorted(p.name for p in (tmp_path / "toy").iterdir()) == [f".{KEY}.lock", KEY]
 
 
 def test_two_builders_of_one_artifact_take_turns(tmp_path):

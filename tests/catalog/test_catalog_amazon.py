@@ -10,6 +10,7 @@ import pytest
 from catalog_files import gzip_lines, ledger_rows, sequences_by_id
 
 from genrec_dist.catalog import amazon
+from genrec_dist.errors import DataError
 
 
 def rows_of(tables) -> list[dict]:
@@ -63,6 +64,15 @@ def test_2014_reviews_and_python_literal_metadata(tmp_path, build) -> None:
     assert sequences_by_id(catalog) == {"U1": ["B2", "B9"], "U2": ["B2"]}
     assert catalog.sequences.timestamps.tolist() == [86400, 172800, 86400]
     assert ledger_rows(catalog.folder) == []
+
+
+@pytest.mark.parametrize("source", ["amazon2018", "amazon2023"])
+def test_ratings_of_other_years_are_refused(tmp_path, source) -> None:
+    """In 2018's files the item comes first: read as 2014's, users would be items."""
+    path = tmp_path / "ratings_X.csv"
+    path.write_text("B0012345,A1USER,5.0,1400000000\n")
+    with pytest.raises(DataError, match=source):
+        amazon.read_interactions(path, source, 0)
 
 
 def test_2014_ratings_csv(tmp_path) -> None:

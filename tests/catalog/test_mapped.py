@@ -97,3 +97,12 @@ def test_small_catalogs_are_read(tmp_path):
     same(found, SEQUENCES)
     assert not is_mapped(found.items)
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_catalog_that_is_being_built_leaves_no_map(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "FROM_INTERACTIONS", 1)
+    folder = write_tiny_catalog(tmp_path / "key.building", SEQUENCES)
+    found = Catalog(folder).read_sequences()
+    same(found, SEQUENCES)
+    assert not is_mapped(found.items)
+    assert [path.name for path in tmp_path.iterdir()] == ["key.building"]

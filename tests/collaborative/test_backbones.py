@@ -141,3 +141,14 @@ def test_user_state_is_that_of_the_newest_item():
 def test_recency_by_hand():
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
     assert recency(mask).tolist() == [[2, 1, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["dot", "mlp"])
+def test_din_in_half_precision(attention, dtype):
+    din, table = make_din(attention, True), draw(NUM_ITEMS, DIM)
+    history, mask = tiny_histories(6, NUM_ITEMS, LENGTH)
+    exact = din.scores(table, history, mask, table)
+    with torch.autocast("cpu", dtype):
+        rough = din.scores(table, history, mask, table)
+    torch.testing.assert_close(rough.float(), exact, atol=0.05, rtol=0.05)

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from genrec_dist.artifacts.embeddings import write_embeddings
 from genrec_dist.catalog.dataset import Catalog
-from genrec_dist.collaborative.sharded_fusion import ShardedFusionTask
-from genrec_dist.collaborative.stage import FusionTask
+from genrec_dist.collaborative.fusion import FusionModel
+from genrec_dist.collaborative.sharded_fusion import ShardedFusionTask, check_shardable
+from genrec_dist.collaborative.stage import DENSE, FusionTask, load_fusion
 from genrec_dist.config import FusionConfig, OptimConfig
 from genrec_dist.errors import ConfigError
 from genrec_dist.graph.interactions import training_interactions
@@ -151,8 +154,20 @@ def as_rows(batch: dict) -> list:
 
 
 def test_what_cannot_be_sharded_is_refused():
-    from genrec_dist.collaborative.sharded_fusion import check_shardable
-
-    for settings in ({"mode": "concat_pca"}, {"mode": "collaborative"}, {"backbone": "sasrec", "loss": "full_softmax"}):
+    half = {"optim": OptimConfig(precision="fp16")}
+    other = {"backbone": "sasrec", "loss": "full_softmax"}
+    for settings in ({"mode": "concat_pca"}, {"mode": "collaborative"}, other, half, {"time_bumps": 4}):
         with pytest.raises(ConfigError, match="shard_tables"):
             check_shardable(FusionConfig(**settings))
+
+
+def test_a_sharded_artifact_loads_as_a_whole_model(tmp_path):
+    config = CONFIGS[next(iter(CONFIGS))]
+    model = FusionModel(config, torch.from_numpy(SEMANTIC).float())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    (tmp_path / "collaborative").mkdir()
+    write_embeddings(tmp_path / "collaborative", state.pop("collaborative.weight").numpy())
+    save_file(state, tmp_path / DENSE)
+    loaded = load_fusion(config, SEMANTIC.astype(np.float32), tmp_path)
+    for name, value in model.state_dict().items():
+        assert loaded.state_dict()[name].equal(value), name

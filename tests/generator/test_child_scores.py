@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import numpy as np
 import pytest
 import torch
 
 from genrec_dist.errors import ConfigError
 from genrec_dist.generator import child_scores
+from genrec_dist.generator.beam import beam_search, exact_log_probabilities
 from genrec_dist.generator.child_scores import TorchChildScores, choose_kernel, make_child_scores
 from genrec_dist.generator.search_tables import SearchTables
-from genrec_dist.testing.tiny import tiny_generator, tiny_trie
+from genrec_dist.identifiers.trie import Trie, build_trie
+from genrec_dist.testing.tiny import tiny_generator, tiny_histories, tiny_trie
 
 torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,3 +88,23 @@ def test_kernels_by_device():
     with pytest.raises(ConfigError, match="grouped on cuda"):
         choose_kernel("grouped", gpu)
     assert isinstance(make_child_scores(tiny_generator(TREES["binary"]()).trie, "gather"), TorchChildScores)
+
+
+def few_below_many() -> Trie:
+    """48 first codes with one or two children each, so the root has more than any node of the next level."""
+    codes = [(a, b, c) for a in range(48) for b in range(1 + a % 2) for c in range(4 + 7 * a % 25)]
+    return build_trie(np.array(codes, np.int32), np.full(len(codes), 3, np.int32))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dead_beams_leave_the_others_alone(kernel, monkeypatch):
+    """A dead beam is at the root; where a beam is wider than a level there are many."""
+    monkeypatch.setattr(child_scores, "GROUP_FLOATS", 0)
+    trie = few_below_many()
+    model = tiny_generator(trie, distill_weight=0.0).to(DEVICE)
+    history, mask = (part.to(DEVICE) for part in tiny_histories(16, trie.num_items, 5))
+    exact = exact_log_probabilities(model, history, mask)
+    items, _, log_p = beam_search(model, history, mask, 100, 0.0, SearchTables(model, kernel))
+    assert (items >= 0).all()
+    torch.testing.assert_close(log_p, exact.gather(1, items), atol=1e-4, rtol=1e-5)
+    assert [len(set(row.tolist())) for row in items] == [100] * 16

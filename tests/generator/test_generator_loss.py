@@ -118,9 +118,10 @@ def test_frozen_item_table_gets_no_gradient():
     assert model.item.weight.grad is None
 
 
-def test_an_empty_share_of_a_batch_costs_nothing():
-    """The last batch of an epoch can be smaller than the number of workers."""
-    model = tiny_generator(tiny_trie(NUM_ITEMS, 4, seed=3))
+@pytest.mark.parametrize("encoder_input", ["item", "codes"])
+def test_an_empty_share_of_a_batch_costs_nothing(encoder_input):
+    """The last batch of an epoch can be smaller than the number of workers, and a part of like lengths empty."""
+    model = tiny_generator(tiny_trie(NUM_ITEMS, 4, seed=3), encoder_input=encoder_input)
     batch = batch_of(2)
     none = {k: v[:0] if torch.is_tensor(v) else v for k, v in batch.items()}
     losses = model(none)

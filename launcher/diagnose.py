@@ -36,7 +36,7 @@ def show_diagnosis(found: dict, console: Console) -> None:
     """Both tables."""
     title = f"{found['users']:,} users, {found['split']} items, beam {found['beam_width']}"
     rows = {label: found["rankings"][name] for name, label in NAMES.items() if name in found["rankings"]}
-    console.print(metrics_table(rows, title))
+    show_whole(metrics_table(rows, title), console)
     table = Table(
         title="Codes, by their probabilities over all items", title_justify="left", header_style="bold", box=SIMPLE_HEAD
     )

@@ -123,6 +123,12 @@ def test_head_workers_driver_and_nothing_left_behind(slurm):
     assert slurm.nothing_left()
 
 
+def test_a_sweep_is_one_word_away(slurm):
+    slurm.script.write_text(slurm.script.read_text().replace("\ncommand=run ", "\ncommand=sweep "))
+    assert slurm.run() == 0, slurm.output
+    assert slurm.calls("genrec")[0].startswith("sweep /c/my config.yaml --name mine --store /shared/store --runs ")
+
+
 def test_the_token_is_for_its_owner_only_and_in_no_argument(slurm):
     assert slurm.run() == 0, slurm.output
     text = slurm.calls_file.read_text().splitlines()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from genrec_dist.config import RuntimeConfig
 from genrec_dist.errors import ClusterError
 
 _started_here = False
+NODE_WAIT_SECONDS, NODE_POLL_SECONDS = 60.0, 1.0
+"""How long a stage that starts without enough nodes waits for one that was lost, and how often it looks."""
 
 
 def worker_threads(runtime: RuntimeConfig) -> int:
@@ -110,16 +113,26 @@ def _object_store_bytes() -> int:
     return int(min(2 << 30, psutil.virtual_memory().available // 4))
 
 
+def await_nodes(ray: Any, enough: Callable[[], bool]) -> None:
+    """Where the cluster has less than is asked for and has lost a node, wait a while: it may be on its way back."""
+    deadline = time.monotonic() + NODE_WAIT_SECONDS
+    while not enough() and time.monotonic() < deadline and not all(node["Alive"] for node in ray.nodes()):
+        time.sleep(NODE_POLL_SECONDS)
+
+
 def gpus_per_worker(runtime: RuntimeConfig, ray: Any) -> int:
     """1 when every worker can have a GPU of its own, else 0.
 
     Raises:
         ClusterError: `runtime.device` asks for GPUs that the cluster does not have.
     """
-    available = ray.cluster_resources().get("GPU", 0)
     if runtime.device == "cpu":
         return 0
-    if available >= (runtime.min_workers or runtime.num_workers):
+    wanted = runtime.min_workers or runtime.num_workers
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or runtime.device == "cuda"
+    await_nodes(ray, lambda: not has_gpus or ray.cluster_resources().get("GPU", 0) >= wanted)
+    available = ray.cluster_resources().get("GPU", 0)
+    if available >= wanted:
         return 1
     if runtime.device == "cuda":
         raise ClusterError(

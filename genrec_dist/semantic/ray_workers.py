@@ -16,7 +16,7 @@ from collections.abc import Collection
 from typing import Any
 
 from genrec_dist.artifacts.embeddings import pending_shards
-from genrec_dist.cluster import ensure_ray, quiet_ray_data
+from genrec_dist.cluster import await_nodes, ensure_ray, quiet_ray_data
 from genrec_dist.config import RuntimeConfig
 from genrec_dist.errors import ClusterError, find_typed
 from genrec_dist.pipeline import StageContext
@@ -127,10 +127,9 @@ def cores_per_worker(ray: Any, workers: int) -> int:
     Raises:
         ClusterError: more workers than cores.
     """
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    share = max(nodes, default=0)
-    while share and sum(cores // share for cores in nodes) < workers:
-        share -= 1
+    await_nodes(ray, lambda: _share(_cores(ray), workers) > 0)
+    nodes = _cores(ray)
+    share = _share(nodes, workers)
     if not share:
         raise ClusterError(
             "more embedding workers than cores in the Ray cluster",
@@ -139,6 +138,19 @@ def cores_per_worker(ray: Any, workers: int) -> int:
             expected=f"at most {sum(nodes)}",
             fix="lower it",
         )
+    return share
+
+
+def _cores(ray: Any) -> list[int]:
+    """Of each node that is alive."""
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def _share(nodes: list[int], workers: int) -> int:
+    """Most cores that each of so many workers can have, 0 if they do not fit."""
+    share = max(nodes, default=0)
+    while share and sum(cores // share for cores in nodes) < workers:
+        share -= 1
     return share
 
 

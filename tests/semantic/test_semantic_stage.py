@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from genrec_dist import cluster
 from genrec_dist.artifacts.embeddings import EmbeddingWriter, failed_items, pending_shards
 from genrec_dist.artifacts.files import read_json
 from genrec_dist.artifacts.reader import read_embeddings
@@ -330,9 +331,36 @@ def test_every_worker_finds_its_cores(cores, workers, share):
     assert cores_per_worker(FakeCluster(cores), workers) == share
 
 
-def test_more_workers_than_cores_is_an_error_and_not_a_wait():
+def test_more_workers_than_cores_is_an_error(monkeypatch):
+    monkeypatch.setattr(cluster, "NODE_WAIT_SECONDS", 0.1)
     with pytest.raises(ClusterError, match="more embedding workers than cores"):
         cores_per_worker(FakeCluster([2, 1]), 4)
+
+
+class Returning(FakeCluster):
+    """A cluster whose lost node is back after some looks."""
+
+    looks = 3
+
+    def nodes(self) -> list[dict]:
+        self.looks -= 1
+        return super().nodes() if self.looks > 0 else FakeCluster([*self.cores, 4]).nodes()
+
+    def cluster_resources(self) -> dict:
+        return {"GPU": 1.0 if self.looks > 0 else 2.0}
+
+
+def test_a_stage_that_starts_while_a_node_is_away_waits_for_it(monkeypatch):
+    monkeypatch.setattr(cluster, "NODE_POLL_SECONDS", 0.01)
+    assert cores_per_worker(Returning([2]), 3) == 2
+    assert cluster.gpus_per_worker(RuntimeConfig(num_workers=2), Returning([2])) == 1
+    assert cluster.gpus_per_worker(RuntimeConfig(num_workers=2, device="cpu"), Returning([2])) == 0
+
+
+def test_nobody_waits_for_what_never_was(monkeypatch):
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: pytest.fail("waited"))
+    assert cluster.gpus_per_worker(RuntimeConfig(num_workers=2), FakeCluster([8], 0)) == 0
+    assert cores_per_worker(FakeCluster([8]), 8) == 1
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,10 @@ def gpus_per_worker(runtime: RuntimeConfig, ray: Any) -> int:
     if runtime.device == "cpu":
         return 0
     wanted = runtime.min_workers or runtime.num_workers
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or runtime.device == "cuda"
-    await_nodes(ray, lambda: not has_gpus or ray.cluster_resources().get("GPU", 0) >= wanted)
-    available = ray.cluster_resources().get("GPU", 0)
+    gpus = lambda: ray.cluster_resources().get("GPU", 0)  # noqa: E731
+    if gpus() or runtime.device == "cuda":
+        await_nodes(ray, lambda: gpus() >= wanted)
+    available = gpus()
     if available >= wanted:
         return 1
     if runtime.device == "cuda":

@@ -21,7 +21,7 @@ from genrec_dist.artifacts.cached_store import open_store
 from genrec_dist.artifacts.files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
 from genrec_dist.artifacts.places import is_url, local_folder, parse_url, place_of
 from genrec_dist.artifacts.store import MANIFEST
-from genrec_dist.config import Config, build_config, check_name, dump_config
+from genrec_dist.config import GENERATIVE, Config, build_config, check_name, dump_config
 from genrec_dist.errors import ConfigError
 from genrec_dist.redaction import redact_command
 from genrec_dist.run_mirror import RunMirror
@@ -92,6 +92,19 @@ class RunFolder:
     def config(self) -> Config:
         """The resolved configuration of the run."""
         return build_config(read_yaml(self.path / "config.yaml"), where=str(self.path))
+
+    def generative_config(self) -> Config:
+        """`config` of a run whose method generates codes.
+
+        Raises:
+            ConfigError: the method does not.
+        """
+        config = self.config()
+        if config.method not in GENERATIVE:
+            raise ConfigError(
+                "run has no generator", where=self.path, got=config.method, expected=f"method {', '.join(GENERATIVE)}"
+            )
+        return config
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append to events.jsonl."""

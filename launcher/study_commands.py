@@ -61,6 +61,13 @@ Encoders = Annotated[
 ]
 
 
+def _folders(store: str, runs: str) -> tuple[Path, Path]:
+    """Both places as folders, which is all that these commands can use."""
+    from genrec_dist.artifacts.places import folder_only
+
+    return folder_only(store, "--store"), folder_only(runs, "--runs")
+
+
 @app.command()
 @guarded
 def study(
@@ -89,9 +96,7 @@ def study(
     runs: RunsPath = RUNS,
 ) -> None:
     """Run every variant of one of the papers' tables, and write it beside the printed one."""
-    from genrec_dist.artifacts.places import folder_only
-
-    kept = folder_only(store, "--store"), folder_only(runs, "--runs")
+    kept = _folders(store, runs)
     from genrec_dist.studies.catalogue import find_study
 
     find_study(name)
@@ -147,9 +152,7 @@ def reproduce(
     runs: RunsPath = RUNS,
 ) -> None:
     """Run or reuse what a paper's tables and figures need, and write one page of them beside ours."""
-    from genrec_dist.artifacts.places import folder_only
-
-    kept = folder_only(store, "--store"), folder_only(runs, "--runs")
+    kept = _folders(store, runs)
     from launcher import reproduce as work
     from launcher import torchrun
     from launcher.study_plan import parse_encoders
@@ -200,9 +203,7 @@ def sweep(
     runs: RunsPath = RUNS,
 ) -> None:
     """Train a ladder of depths, or any grid, for several arms and seeds. The same command again goes on."""
-    from genrec_dist.artifacts.places import folder_only
-
-    kept = folder_only(store, "--store"), folder_only(runs, "--runs")
+    kept = _folders(store, runs)
     from launcher import sweep as work
     from launcher import torchrun
 

@@ -204,7 +204,7 @@ class CachedStore(ArtifactStore):
             self._publish(stage, key, final)
         else:
             self._adopt(stage, key, final, found)
-        self.snapshots.forget(stage, key, _work_folder(final))
+        self.snapshots.forget(stage, key, self.work_folder(stage, key))
         self._kept.add(final)
 
     def _publish(self, stage: str, key: str, folder: Path) -> None:
@@ -240,7 +240,7 @@ class CachedStore(ArtifactStore):
 
     def discard_building(self, stage: str, key: str) -> None:
         super().discard_building(stage, key)
-        self.snapshots.forget(stage, key, _work_folder(self.path(stage, key)))
+        self.snapshots.forget(stage, key, self.work_folder(stage, key))
 
 
 def _same_files(manifest: bytes, folder: Path) -> bool:
@@ -249,10 +249,6 @@ def _same_files(manifest: bytes, folder: Path) -> bool:
         return json.loads(manifest)["files"] == read_json(folder / MANIFEST)["files"]
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _work_folder(final: Path) -> Path:
-    return final.with_name(f"{final.name}.building")
 
 
 def _manifest(stage: str, key: str) -> str:

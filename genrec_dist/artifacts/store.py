@@ -116,13 +116,17 @@ class ArtifactStore:
         """Where the finished artifact lives (whether or not it exists)."""
         return self.root / check_name(stage, "stage") / check_name(key, "key")
 
+    def work_folder(self, stage: str, key: str) -> Path:
+        """Where the artifact is built."""
+        return self.path(stage, key).with_name(f"{key}.building")
+
     def exists(self, stage: str, key: str) -> bool:
         """True when a manifest is there; says nothing about the bytes (see `verify`)."""
         return (self.path(stage, key) / MANIFEST).is_file()
 
     def has_unfinished(self, stage: str, key: str) -> bool:
         """True when a killed build left something to continue from."""
-        folder = self.path(stage, key).with_name(f"{key}.building")
+        folder = self.work_folder(stage, key)
         return folder.is_dir() and any(folder.iterdir())
 
     def keep(self, stage: str, key: str) -> None:
@@ -193,7 +197,7 @@ class ArtifactStore:
             ArtifactError: the file system has no locks.
         """
         with self._locked(stage, key, waiting):
-            folder = self.path(stage, key).with_name(f"{key}.building")
+            folder = self.work_folder(stage, key)
             folder.mkdir(exist_ok=True)
             self._undo_aside(stage, key, folder)
             try:
@@ -234,7 +238,7 @@ class ArtifactStore:
         checksums, which may take minutes, are there: a build that is killed before goes on from it.
         """
         final = self.path(stage, key)
-        folder = final.with_name(f"{key}.building")
+        folder = self.work_folder(stage, key)
         scratch, aside = folder / SCRATCH, _aside(folder)
         for pattern in (".*.tmp", "*.partial"):  # our atomic writes and Zarr's, killed before their rename
             for leftover in folder.rglob(pattern):
@@ -262,7 +266,7 @@ class ArtifactStore:
 
     def discard_building(self, stage: str, key: str) -> None:
         """Throw away an unfinished build."""
-        folder = self.path(stage, key).with_name(f"{key}.building")
+        folder = self.work_folder(stage, key)
         for part in (folder, _aside(folder)):
             shutil.rmtree(part, ignore_errors=True)
 

@@ -69,7 +69,7 @@ def rank_users(
     for split in splits:
         samples, _ = holdout_samples(sequences, ranker.max_history, split, worker.device, times=ranker.times)
         names, checked = ["rank", "rank_masked"], 0
-        if settings["method"] == "generator" and evaluation.mix_weight and settings["generator"]["distill_weight"]:
+        if mix_weight_of(settings):
             names.append("rank_without_mix")
         if generative and split == "test" and evaluation.exact_users:
             names += EXACT_NAMES
@@ -109,6 +109,21 @@ def _rank_split(
     progress.finish()
 
 
+def mix_weight_of(settings: dict) -> float:
+    """Weight that the distillation token's score really has; 0 for a model without the token."""
+    has_token = settings["method"] == "generator" and settings["generator"]["distill_weight"]
+    return settings["evaluation"]["mix_weight"] if has_token else 0.0
+
+
+def stage_one_ranker(config: FusionConfig, semantic: Path, fusion: Path, device: torch.device) -> DenseRanker:
+    """PRORec's Stage I as a recommender of its own, from its artifact and the text's."""
+    from genrec_dist.artifacts.reader import read_embeddings
+    from genrec_dist.collaborative.stage import load_fusion
+
+    model = load_fusion(config, read_embeddings(semantic), fusion).to(device)
+    return DenseRanker(by_history(model.score_catalog), config.max_history, times=config.time_bumps > 0)
+
+
 def _ranker(
     settings: dict, inputs: dict[str, Path], sequences: Sequences, evaluation: EvaluationConfig, worker: Worker
 ) -> Ranker:
@@ -126,12 +141,8 @@ def _ranker(
         gpt = load_gpt(GptConfig.model_validate(settings["gpt"]), inputs["identifiers"], inputs["generator"])
         return GenerativeRanker(gpt.to(worker.device), evaluation.beam_width, mix_weight=0.0)
     if method == "fusion":
-        from genrec_dist.artifacts.reader import read_embeddings
-        from genrec_dist.collaborative.stage import load_fusion
-
         stage_one = FusionConfig.model_validate(settings["fusion"])
-        fusion = load_fusion(stage_one, read_embeddings(inputs["semantic"]), inputs["fusion"]).to(worker.device)
-        return DenseRanker(by_history(fusion.score_catalog), stage_one.max_history, times=stage_one.time_bumps > 0)
+        return stage_one_ranker(stage_one, inputs["semantic"], inputs["fusion"], worker.device)
     if method == "popularity":
         from genrec_dist.baselines.popularity import popularity_scores
 

@@ -22,7 +22,7 @@ from genrec_dist.cluster import ensure_ray, gpus_per_worker, worker_threads
 from genrec_dist.config import Config, EvaluationConfig, RuntimeConfig
 from genrec_dist.evaluation.bootstrap import bootstrap_intervals
 from genrec_dist.evaluation.metrics import rank_metrics
-from genrec_dist.evaluation.ranking import GENERATORS, Arrays, rank_users
+from genrec_dist.evaluation.ranking import GENERATORS, Arrays, mix_weight_of, rank_users
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.training.company import world_size
 from genrec_dist.training.launch import launch
@@ -119,12 +119,6 @@ def summarise(test: Arrays, valid: Arrays, tied: np.ndarray, settings: dict, eva
             "top10_agreement": float(test["same_top10"][checked].mean() / 10),
         }
     return metrics
-
-
-def mix_weight_of(settings: dict) -> float:
-    """Weight that the distillation token's score really has; 0 for a model without the token."""
-    has_token = settings["method"] == "generator" and settings["generator"]["distill_weight"]
-    return settings["evaluation"]["mix_weight"] if has_token else 0.0
 
 
 def _collect(context: StageContext, settings: dict, sequences: Sequences) -> dict[str, Arrays]:

@@ -25,8 +25,8 @@ from genrec_dist.artifacts.files import read_json, write_json
 from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.artifacts.store import problems_of
 from genrec_dist.artifacts.tensors import save_tensors
-from genrec_dist.config import GENERATIVE, GeneratorConfig, GptConfig
-from genrec_dist.errors import ArtifactError, ConfigError
+from genrec_dist.config import GeneratorConfig, GptConfig
+from genrec_dist.errors import ArtifactError
 from genrec_dist.generator.gpt import GptGenerator
 from genrec_dist.generator.model import Generator
 from genrec_dist.generator.parameters import MODEL, load_parameters
@@ -53,11 +53,7 @@ def export_run(run: RunFolder, out: Path) -> dict[str, Any]:
         ConfigError: the run has no generator, or has not trained it yet.
         ArtifactError: one of the run's artifacts is damaged.
     """
-    config = run.config()
-    if config.method not in GENERATIVE:
-        raise ConfigError(
-            "run has no generator", where=run.path, got=config.method, expected=f"method {', '.join(GENERATIVE)}"
-        )
+    config = run.generative_config()
     section = "generator" if config.method == "prorec" else "gpt"
     titles = ["catalog", "identifiers", section, *(["fusion"] if section == "generator" else [])]
     sources = {title: _sound(run.artifact(title)) for title in titles}

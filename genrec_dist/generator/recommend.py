@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from genrec_dist.catalog.dataset import Catalog
-from genrec_dist.config import GENERATIVE, Config
 from genrec_dist.errors import ConfigError, DataError
 from genrec_dist.generator.beam import CodeGenerator, beam_search
 from genrec_dist.generator.gpt_stage import load_gpt
@@ -31,8 +30,7 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
         ConfigError: the run has no generator, or `top_k` is not positive.
         DataError: an item id is not in the run's catalog, or there is none.
     """
-    config = run.config()
-    _check_method(run, config)
+    config = run.generative_config()
     if top_k < 1:
         raise ConfigError("not a number of items", where="--top-k", got=top_k, expected="at least 1")
     catalog = Catalog(run.artifact("catalog"), config.catalog.order)
@@ -46,7 +44,7 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
             expected=f"item ids of {run.artifact('catalog')}/items.parquet",
         )
     target = pick_device(device)
-    model = load_generator(run, config, target)
+    model = load_generator(run, target)
     seen = [index[item] for item in history]
     recent = torch.tensor([seen[-model.max_history :]], device=target)
     width = min(max(config.evaluation.beam_width, top_k + len(set(seen))), model.trie.num_items)
@@ -60,21 +58,13 @@ def recommend(run: RunFolder, history: list[str], top_k: int, device: str = "aut
     return ranked[:top_k]
 
 
-def load_generator(run: RunFolder, config: Config, device: torch.device) -> CodeGenerator:
+def load_generator(run: RunFolder, device: torch.device) -> CodeGenerator:
     """The trained generator of a run, in eval mode.
 
     Raises:
         ConfigError: the run's method has none.
     """
-    _check_method(run, config)
-    identifiers = run.artifact("identifiers")
+    config, identifiers = run.generative_config(), run.artifact("identifiers")
     if config.method == "prorec":
         return load_model(config.generator, run.artifact("fusion"), identifiers, run.artifact("generator")).to(device)
     return load_gpt(config.gpt, identifiers, run.artifact("gpt")).to(device)
-
-
-def _check_method(run: RunFolder, config: Config) -> None:
-    if config.method not in GENERATIVE:
-        raise ConfigError(
-            "run has no generator", where=run.path, got=config.method, expected=f"method {', '.join(GENERATIVE)}"
-        )

@@ -45,7 +45,7 @@ def encoders(data: StudyData) -> StudyPage:
         "text encoder",
         [Column(name, metric_label(name)) for name in metrics],
         [*ours, *references, *_printed(data, "Llama2-7b, paper")],
-        f"{bounds_note(data)} The paper: Table 3, Beauty, which is Llama2-7b; Figure 7 prints no numbers.",
+        f"{bounds_note(data)} The paper: Table 3, which is Llama2-7b; Figure 7 prints no numbers.",
     )
     grid.columns.append(Column("width", "width of the vectors", lambda value: f"{value:,.0f}"))
     for variant in data.variants:
@@ -86,7 +86,7 @@ def _judge_tokenizers(data: StudyData, whose: str) -> Verdict:
 
 def _printed(data: StudyData, label: str) -> list[Row]:
     """PRORec's row of Table 3 on the data set of the runs, if it is one of the paper's."""
-    known = paper.PERFORMANCE.get((data.any_run.data_set if data.any_run else None) or "", {})
+    known = paper.PERFORMANCE.get(data.data_set or "", {})
     return [Row(label, PAPER, dict(known["PRORec"]))] if known else []
 
 

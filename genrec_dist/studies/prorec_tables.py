@@ -67,7 +67,7 @@ def performance(data: StudyData) -> StudyPage:
         labels,
         metric_label=metric_label,
     )
-    printed = paper.PERFORMANCE.get(_data_set(data) or "", {})
+    printed = paper.PERFORMANCE.get(data.data_set or "", {})
     ours, references = result_rows(data, metrics), reference_rows(data, metrics)
     alone = _without_mix(data, metrics)
     rows = [*ours, *alone]
@@ -109,10 +109,6 @@ def _advantages(data: StudyData) -> str:
     )
 
 
-def _data_set(data: StudyData) -> str | None:
-    return data.any_run.data_set if data.any_run else None
-
-
 def _difference(data: StudyData, metrics: list[str], printed: dict[str, float]) -> Row:
     found = {name: data.metric("prorec", name) for name in metrics}
     values: dict[str, Pooled | float | None] = {n: v.mean / printed[n] - 1 for n, v in found.items() if v is not None}
@@ -152,7 +148,7 @@ def similarity(data: StudyData) -> StudyPage:
     keys = [column.key for column in columns]
     rows = [Row(v.label, OURS, {key: share(v.name, key) for key in keys}) for v in data.variants]
     rows = [row for row in rows if any(row.values.values())]
-    if _data_set(data) == "beauty":
+    if data.data_set == "beauty":
         rows += [Row(f"{data.labels[v]}, paper", PAPER, dict(paper.MODALITY_SIMILARITY[v])) for v in MODES]
     caption = (
         "Proportional similarity of the final embeddings to either modality, equations 9 and 10; the collaborative "
@@ -209,7 +205,7 @@ def _ablation(
     verdict = judge(said, claims, decoded, data.labels, metric_label=metric_label)
     metrics = known_metrics(data)
     ours, alone, references = result_rows(data, metrics), _without_mix(data, metrics), reference_rows(data, metrics)
-    on_beauty = _data_set(data) == "beauty"
+    on_beauty = data.data_set == "beauty"
     rows: list[Row] = []
     for variant in data.variants:
         rows += [row for row in (*ours, *alone) if row.label in (variant.label, f"{variant.label}, beam alone")]

@@ -140,6 +140,11 @@ class StudyData:
         return [name for name in found if name != "stage_one" or len(self.variants) == 1]
 
     @property
+    def data_set(self) -> str | None:
+        """Data set of the runs, None before there is one."""
+        return self.any_run.data_set if self.any_run else None
+
+    @property
     def any_run(self) -> RunData | None:
         return next(iter(self.runs.values()), None)
 

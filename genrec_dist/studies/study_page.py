@@ -53,7 +53,7 @@ def write_study(data: StudyData, page: StudyPage, source: str) -> Path:
         "study": data.name,
         "title": data.title,
         "config": source,
-        "data_set": data.any_run.data_set if data.any_run else None,
+        "data_set": data.data_set,
         "order": data.order,
         "seeds": list(data.seeds),
         "identifiers_only": data.identifiers_only,

@@ -50,6 +50,8 @@ def render_files(
         "slurm": lambda: slurm(config, store, runs, folder),
         "ray-up": lambda: ray_up(config, store, runs, folder),
     }[kind]()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("not a folder", where="--out", got=folder, fix="name the folder that gets the files")
     others = sorted(path.name for path in folder.iterdir() if path.name not in files) if folder.is_dir() else []
     if others:
         raise ConfigError("the folder holds other files", where="--out", got=f"{folder}: {', '.join(others[:5])}")

@@ -43,9 +43,14 @@ class GeneratorConfig(Section):
     )
     distill_similarity: Literal["dot", "cosine"] = "cosine"
     distill_temperature: float = Field(0.07, gt=0)
-    train_item_embeddings: bool = Field(True, description="fine-tune the Stage I table that feeds the encoder")
-    train_node_embeddings: bool = Field(
-        True, description="fine-tune the node embeddings that the Stage I table starts (head child)"
+    item_embedding_rate: float = Field(
+        1.0,
+        ge=0,
+        description="learning rate of the Stage I table that feeds the encoder, over that of the other weights; 0: it "
+        "stays as it is",
+    )
+    node_embedding_rate: float = Field(
+        1.0, ge=0, description="the same of the node embeddings that the Stage I table starts (head child)"
     )
     depth_buckets: bool = Field(
         False,

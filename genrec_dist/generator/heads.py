@@ -65,6 +65,37 @@ def _int64(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(array, np.int64))
 
 
+class RatedEmbedding(nn.Embedding):
+    """A table that learns `rate` times as fast as other weights, from given start values.
+
+    Steps of Adam do not depend on the scale of a parameter: the weight is kept divided by the rate.
+
+    Args:
+        start: values; copied.
+        rate: 0 keeps them as they are.
+
+    Shapes:
+        start: (rows, N) float32.
+    """
+
+    def __init__(self, start: torch.Tensor, rate: float = 1.0) -> None:
+        weight = start / rate if rate else start.clone()
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight, _freeze=rate == 0)
+        self.scale = rate or 1.0
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Embeddings of rows, (..., N)."""
+        return self._scaled(super().forward(rows))
+
+    @property
+    def table(self) -> torch.Tensor:
+        """All embeddings, (rows, N)."""
+        return self._scaled(self.weight)
+
+    def _scaled(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.scale == 1 else values * self.scale
+
+
 class ChildHead(nn.Module):
     """Softmax over the children of a node, by similarity with learned node embeddings.
 
@@ -75,7 +106,7 @@ class ChildHead(nn.Module):
         dim: D of the decoder.
         node_embeddings: start values.
         kind, temperature: similarity of query and node.
-        trained: False keeps the node embeddings as they start.
+        rate: learning rate of the node embeddings over that of other weights; 0 keeps them as they start.
 
     Shapes:
         node_embeddings: (num_nodes, N) float32.
@@ -88,11 +119,11 @@ class ChildHead(nn.Module):
         node_embeddings: torch.Tensor,
         kind: str,
         temperature: float,
-        trained: bool = True,
+        rate: float = 1.0,
     ) -> None:
         super().__init__()
         self.trie, self.kind, self.scale = [trie], kind, scale_of(kind, temperature)
-        self.nodes = nn.Embedding.from_pretrained(node_embeddings.clone(), freeze=not trained)
+        self.nodes = RatedEmbedding(node_embeddings, rate)
         self.query = nn.Linear(dim, node_embeddings.shape[1])
 
     def table(self, rows: float) -> torch.Tensor | None:

@@ -25,7 +25,16 @@ from genrec_dist.collaborative.losses import (
 )
 from genrec_dist.config import GeneratorConfig
 from genrec_dist.generator.attention import KeyValue
-from genrec_dist.generator.heads import ChildHead, DeviceTrie, Head, PerLevelHead, code_losses, item_nats, node_means
+from genrec_dist.generator.heads import (
+    ChildHead,
+    DeviceTrie,
+    Head,
+    PerLevelHead,
+    RatedEmbedding,
+    code_losses,
+    item_nats,
+    node_means,
+)
 from genrec_dist.generator.transformer import (
     AddNorm,
     DecoderLayer,
@@ -88,7 +97,7 @@ class Generator(nn.Module):
             self.time = TimeEncoding(dim, config.time_bumps, span)
 
         if config.encoder_input == "item":
-            self.item = nn.Embedding.from_pretrained(self.integrated.clone(), freeze=not config.train_item_embeddings)
+            self.item = RatedEmbedding(self.integrated, config.item_embedding_rate)
         if config.head == "child":
             nodes = node_means(trie, self.integrated)
             self.head: Head = ChildHead(
@@ -97,7 +106,7 @@ class Generator(nn.Module):
                 nodes,
                 config.head_similarity,
                 config.head_temperature,
-                config.train_node_embeddings,
+                config.node_embedding_rate,
             )
             self.node_in = nn.Linear(width, dim)
             self.head.query.apply(init_weights)

@@ -47,7 +47,7 @@ class SearchTables:
         self.decoder = make_decoder(model, self._tokens)
         leaf_levels = trie.level[trie.num_children == 0]
         self._shallowest = int(leaf_levels.min())
-        self._nodes = head._unit(head.nodes.weight).contiguous() if isinstance(head, ChildHead) else None
+        self._nodes = head._unit(head.nodes.table).contiguous() if isinstance(head, ChildHead) else None
         self._made_of = _versions(model)
         self._model = model
 

@@ -206,10 +206,10 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
     }
     constants = {"integrated embeddings": num_items * width}
     if child:
-        group = parameters if config.train_node_embeddings else constants
+        group = parameters if config.node_embedding_rate else constants
         group["node embeddings"] = codebook.num_nodes * width
     if from_items:
-        group = parameters if config.train_item_embeddings else constants
+        group = parameters if config.item_embedding_rate else constants
         group["item embeddings"] = num_items * width
 
     source = config.max_history * (1 if from_items else depth)

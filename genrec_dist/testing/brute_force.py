@@ -51,7 +51,7 @@ class BruteForce:
         model = self.model
         if model.config.head == "per_level":
             return self.code_token(prefix)
-        node = model.head.nodes.weight[self.numbers[prefix]]
+        node = model.head.nodes.table[self.numbers[prefix]]
         if model.config.head_similarity == "cosine":
             node = node / node.norm()
         return model.node_in(node)
@@ -62,7 +62,7 @@ class BruteForce:
         for place, item in enumerate(history):
             position = model.position.weight[len(history) - 1 - place]
             if model.config.encoder_input == "item":
-                rows.append(model.item_in(model.item.weight[item]) + position)
+                rows.append(model.item_in(model.item.table[item]) + position)
             else:
                 rows += [self.code_token(prefix) + position for prefix in self.path(item)]
         x = model.source_norm(torch.stack(rows)[None])
@@ -94,7 +94,7 @@ class BruteForce:
         query = model.head.query(state)
         out = {}
         for code in exist:
-            node = model.head.nodes.weight[self.numbers[(*prefix, code)]]
+            node = model.head.nodes.table[self.numbers[(*prefix, code)]]
             if model.config.head_similarity == "cosine":
                 out[code] = F.cosine_similarity(query, node, 0) / model.config.head_temperature
             else:

@@ -68,4 +68,6 @@ def _copy_rest(own: nn.Module, reference: nn.Module, norms: list[nn.LayerNorm]) 
 def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """A parameter without what rounding decides: the bias of attention keys has gradient zero (softmax does not see
     it), and Adam makes steps of its rounding."""
+    if name.endswith(".key.bias"):
+        return tensor[:0]
     return tensor[len(tensor) // 2 :] if name.endswith("key_value.bias") else tensor

@@ -139,7 +139,7 @@ def test_mean_bits_by_hand():
 
 def test_parameters_by_convention():
     trie = tiny_trie(NUM_ITEMS, 4, seed=1)
-    child, flat = tiny_generator(trie), tiny_generator(trie, head="per_level", train_item_embeddings=False)
+    child, flat = tiny_generator(trie), tiny_generator(trie, head="per_level", item_embedding_rate=0)
     for model, tables in (
         (child, ("item", "position", "step", "head.nodes")),
         (flat, ("position", "step", "code_in", "head")),

@@ -32,7 +32,7 @@ NUM_ITEMS = 25
 TRIE = tiny_trie(NUM_ITEMS, 4, seed=1)
 CASES = {
     "prorec": ("prorec", {}),
-    "prorec_frozen": ("prorec", {"train_item_embeddings": False, "distill_position": "start"}),
+    "prorec_frozen": ("prorec", {"item_embedding_rate": 0, "distill_position": "start"}),
     "prorec_codes": ("prorec", {"encoder_input": "codes", "head": "per_level", "distill_weight": 0.0}),
     "csj_id": ("csj_id", {"head": "child"}),
     "semantic_id": ("semantic_id", {"head": "per_level"}),

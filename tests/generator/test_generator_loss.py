@@ -113,9 +113,28 @@ def test_label_smoothing_keeps_gradients_finite_where_nodes_are_narrow():
 
 
 def test_frozen_item_table_gets_no_gradient():
-    model = tiny_generator(tiny_trie(NUM_ITEMS, 4, seed=3), train_item_embeddings=False)
+    model = tiny_generator(tiny_trie(NUM_ITEMS, 4, seed=3), item_embedding_rate=0)
     model(batch_of(4))["loss"].backward()
     assert model.item.weight.grad is None
+
+
+def test_a_rated_table_starts_the_same_and_moves_by_its_share():
+    moved = {}
+    for rate in (1.0, 0.125):
+        torch.manual_seed(0)
+        trie = tiny_trie(NUM_ITEMS, 4, seed=3)
+        model = tiny_generator(trie, item_embedding_rate=rate, node_embedding_rate=rate, spread=0)
+        tables = {"item": model.item, "node": model.head.nodes}
+        before = {name: table.table.detach().clone() for name, table in tables.items()}
+        model.eval()(batch_of(NUM_ITEMS))["loss"].backward()
+        felt = {name: table.weight.grad.abs() / rate > 1e-5 for name, table in tables.items()}
+        torch.optim.Adam(model.parameters(), lr=1e-3).step()
+        moved[rate] = {name: ((table.table - before[name])[felt[name]], before[name]) for name, table in tables.items()}
+    for name in ("item", "node"):
+        (whole, start), (share, slow_start) = moved[1.0][name], moved[0.125][name]
+        assert torch.equal(start, slow_start)  # an eighth is exact
+        assert len(whole) > 20
+        torch.testing.assert_close(share, whole / 8, rtol=0.02, atol=1e-8)
 
 
 @pytest.mark.parametrize("encoder_input", ["item", "codes"])

@@ -95,7 +95,7 @@ def aligned() -> dict:
 @pytest.mark.parametrize("head", ["child", "per_level"])
 @pytest.mark.parametrize("encoder_input", ["item", "codes"])
 @pytest.mark.parametrize(
-    "change", [{}, {"distill_weight": 0.0}, {"train_item_embeddings": False}, {"ffn_multiplier": 2}, {"time_bumps": 40}]
+    "change", [{}, {"distill_weight": 0.0}, {"item_embedding_rate": 0}, {"ffn_multiplier": 2}, {"time_bumps": 40}]
 )
 def test_generator_size_is_that_of_the_model(trie: Trie, head: str, encoder_input: str, change: dict) -> None:
     config = GeneratorConfig(

@@ -32,7 +32,7 @@ def material():
     [
         ("prorec", {"num_decoder_layers": 3}),
         ("prorec", {"head": "per_level"}),
-        ("prorec", {"encoder_input": "codes", "distill_weight": 0, "train_item_embeddings": False}),
+        ("prorec", {"encoder_input": "codes", "distill_weight": 0, "item_embedding_rate": 0}),
         ("csj_id", {"num_layers": 2}),
         ("csj_id", {"head": "child"}),
         ("sasrec", {"num_layers": 3, "input_norm": True}),

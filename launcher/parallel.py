@@ -1,7 +1,8 @@
-"""Several runs of a study at once, each a child `genrec run`: for one GPU that small runs share.
+"""Several runs of a study at once, each a child `genrec run`: for GPUs that small runs share.
 
 A run that fails is reported and the others go on. The store's locks keep two from building one artifact; so that none
-waits there with a place taken, a run starts when what it would build first is in no hands. Knows nothing of clusters.
+waits there with a place taken, a run starts when what it would build first is in no hands. Where there are several
+GPUs, each run gets the one that the fewest others have. Knows nothing of clusters.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Job:
         stages: what it executes.
         log: gets what it prints.
         grace: seconds it is given to leave.
+        one_gpu: it works on one GPU, where there are any.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Job:
     stages: list[Stage]
     log: Path
     grace: float = LEAVE_SECONDS
+    one_gpu: bool = False
+    gpu: str | None = field(default=None, repr=False)
     process: subprocess.Popen | None = field(default=None, repr=False)
     started: float = 0.0
 
@@ -59,13 +63,24 @@ class Job:
         needed = closure(self.stages, lambda stage: is_finished(stage, store))
         return [(stage.name, stage.key) for stage in needed if not is_finished(stage, store)]
 
-    def start(self) -> None:
-        """Start the child in a process group of its own: a Ctrl-C reaches it once, through this process."""
+    def start(self, gpu: str | None = None) -> None:
+        """Start the child in a process group of its own: a Ctrl-C reaches it once, through this process.
+
+        Args:
+            gpu: the one that it sees; None: all.
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.gpu = gpu
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
         self.started = time.monotonic()
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                process_group=0,
             )
 
 
@@ -97,12 +112,19 @@ def make_job(planned: Planned, store: Path, runs: Path, folder: Path, parallel: 
     command += ["--store", str(store), "--runs", str(runs)]
     command += ["--until", planned.until] if planned.until else []
     name = planned.config.name
-    grace = planned.config.runtime.grace_seconds + LEAVE_SECONDS
-    return Job(name, command, planned.stages, folder / "logs" / f"{name}.log", grace)
+    runtime = planned.config.runtime
+    one_gpu = runtime.num_workers == 1 and runtime.device != "cpu"
+    grace = runtime.grace_seconds + LEAVE_SECONDS
+    return Job(name, command, planned.stages, folder / "logs" / f"{name}.log", grace, one_gpu)
 
 
-def run_jobs(jobs: Sequence[Job], limit: int, store: Path, console: Console) -> Failure | None:
+def run_jobs(
+    jobs: Sequence[Job], limit: int, store: Path, console: Console, gpus: Sequence[str] = ()
+) -> Failure | None:
     """Run all jobs, at most `limit` at once.
+
+    Args:
+        gpus: what CUDA_VISIBLE_DEVICES calls those that the jobs share.
 
     Returns:
         None when all went well, else a failure with the exit code of the first that did not.
@@ -125,7 +147,7 @@ def run_jobs(jobs: Sequence[Job], limit: int, store: Path, console: Console) -> 
                     active.append(found)
                     text = f"run {len(jobs) - len(waiting)} of {len(jobs)}: {found.name}"
                     console.print(f"[bold]{escape(text)}[/]", soft_wrap=True)
-                    found.start()
+                    found.start(_least_used(gpus, active) if found.one_gpu else None)
                 time.sleep(POLL_SECONDS)
         except BaseException as error:
             seen = signals.seen()
@@ -147,6 +169,10 @@ def _next(waiting: list[Job], active: list[Job], store: Path) -> Job | None:
         if not missing or missing[0] not in taken:
             return job
     return None
+
+
+def _least_used(gpus: Sequence[str], active: list[Job]) -> str | None:
+    return min(gpus, key=[job.gpu for job in active].count) if len(gpus) > 1 else None
 
 
 def _ended_well(job: Job, console: Console) -> bool:

@@ -31,6 +31,7 @@ from launcher.results import finish_run, finish_short
 from launcher.run import perform
 from launcher.streams import captured
 from launcher.study_plan import Plan, Planned
+from launcher.sweep_machine import gpu_names, this_machine
 
 WITHOUT_RESULT = {"name", "runtime", "report", "tracking", "references"}
 """Sections that change no number of a method."""
@@ -89,7 +90,10 @@ def carry_out(
             command=command,
             finish=finish_short if planned.until else partial(finish_run, planned.config),
         )
-    return run_jobs(jobs, parallel, store, console) if jobs else None
+    if not jobs:
+        return None
+    gpus = gpu_names(len(this_machine("auto").gpus))
+    return run_jobs(jobs, parallel, store, console, gpus)
 
 
 def _holds(run: RunFolder, stages: list[Stage]) -> bool:

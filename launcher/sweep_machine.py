@@ -77,6 +77,11 @@ def visible_gpus() -> list[str] | None:
     return None if named is None else [name.strip() for name in named.split(",") if name.strip()]
 
 
+def gpu_names(count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each of this process's GPUs."""
+    return visible_gpus() or [str(place) for place in range(count)]
+
+
 def _gpus() -> tuple[float, ...]:
     try:
         out = subprocess.run(

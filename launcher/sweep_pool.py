@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from genrec_dist.studies.scaling.plan import Unit
-from launcher.sweep_machine import Machine, Need, visible_gpus
+from launcher.sweep_machine import Machine, Need, gpu_names
 
 Command = Callable[[Unit, dict[str, Any]], list[str]]
 """(unit, settings of the runtime section) -> command line of its child process."""
@@ -92,7 +92,7 @@ class LocalPool:
         gpus = (self._free_gpus(need) or tuple(range(len(self.machine.gpus)))) if need.gpu else ()
         environment = dict(os.environ)
         if gpus:
-            names = visible_gpus() or [str(i) for i in range(len(self.machine.gpus))]
+            names = gpu_names(len(self.machine.gpus))
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in gpus)
         self.logs.mkdir(parents=True, exist_ok=True)
         with open(self.logs / f"{unit.name}.log", "ab") as log:

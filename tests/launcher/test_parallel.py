@@ -6,7 +6,7 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,8 +40,8 @@ class Work:
         lines += [then or "true", f"echo {name} out >> {self.said}", f"echo last words of {name}", f"exit {code}"]
         return Job(name, ["sh", "-c", "\n".join(lines)], stages[-1:], self.root / "logs" / f"{name}.log", grace=5.0)
 
-    def run(self, jobs: list[Job], limit: int):
-        return run_jobs(jobs, limit, self.store, Console(file=self.screen, width=200))
+    def run(self, jobs: list[Job], limit: int, gpus: Sequence[str] = ()):
+        return run_jobs(jobs, limit, self.store, Console(file=self.screen, width=200), gpus)
 
     def words(self) -> list[str]:
         return self.said.read_text().splitlines()
@@ -65,6 +65,23 @@ def test_a_shared_stage_is_waited_for_and_then_work_goes_on_side_by_side(work: W
     words = work.words()
     assert words.index("first shared") < words.index("second in")  # not both at the lock of the shared one
     assert words.index("second out") < words.index("first out")  # nor one after the other
+
+
+def test_runs_are_spread_over_gpus(work: Work, monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    jobs = [
+        work.job(
+            str(place),
+            [stage(f"s{place}")],
+            then=f"echo gpu $CUDA_VISIBLE_DEVICES >> {work.said}; while [ $(grep -c gpu {work.said}) -lt 4 ]; "
+            "do sleep 0.02; done",
+        )
+        for place in range(4)
+    ]
+    for job in jobs[:3]:
+        job.one_gpu = True
+    assert work.run(jobs, 4, ["2", "GPU-x"]) is None
+    assert sorted(word for word in work.words() if word.startswith("gpu")) == ["gpu", "gpu 2", "gpu 2", "gpu GPU-x"]
 
 
 def _release(work: Work, release: Path, wait_for: Callable) -> None:

@@ -76,9 +76,9 @@ class RuntimeConfig(Section):
         "torch.compile, then graphs; auto: graph",
     )
     checkpoint_minutes: float = Field(
-        1.0, ge=0, description="minutes between checkpoints; 0: epochs and checkpoint_steps decide"
+        1.0, ge=0, description="minutes between checkpoints; 0: after every epoch, and by checkpoint_steps"
     )
-    checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: the clock and epochs decide")
+    checkpoint_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: the clock or epochs decide")
     keep_checkpoints: int = Field(2, ge=1)
     spmm: Literal["auto", "dgl", "torch", "triton"] = Field(
         "auto", description="sums over neighbours; auto: triton on a GPU, dgl on a CPU where it works, else torch"

@@ -96,7 +96,7 @@ def train(
         monitor: validation metric that decides, higher is better.
         after_step: what else a step learns, given its number; on every worker, before any checkpoint of the step. Such
             a task, and one with sharded tables, takes its batches whole.
-        checkpoint_epochs: epochs between checkpoints, besides those by clock and steps.
+        checkpoint_epochs: epochs between checkpoints where the clock does not count.
 
     Returns:
         Summary: steps, best step, best validation metric, seconds, whether it stopped early, and, of a task that says
@@ -111,6 +111,7 @@ def train(
     whole_batches = after_step is not None or isinstance(engine, ShardedEngine)
     parts = parts_of(worker, 0 if whole_batches else runtime.micro_batches)
     cadence = Cadence(runtime.checkpoint_minutes, runtime.checkpoint_steps)
+    by_epochs = not cadence.by_clock  # epochs of a second would leave the disk no rest
     training = _Training(task, engine, config, worker, context, monitor)
     state, meter, per_epoch, total = training.state, training.meter, training.per_epoch, training.num_steps
     cadence.saved(state.step)
@@ -146,7 +147,7 @@ def train(
                 # The same on all workers, as worker 0 has it.
                 due, stopping = worker.tell([cadence.due(state.step), worker.is_main and stop.requested()])
                 ends = state.step == total or state.stopped
-                if due or stopping or ends or (epoch_end and training.epoch % checkpoint_epochs == 0):
+                if due or stopping or ends or (by_epochs and epoch_end and training.epoch % checkpoint_epochs == 0):
                     watchdog.beat("checkpoint")
                     training.save()
                     cadence.saved(state.step)

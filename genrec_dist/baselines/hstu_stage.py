@@ -15,6 +15,7 @@ from genrec_dist.baselines.hstu import HstuModel
 from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.collaborative.losses import scale_of
 from genrec_dist.config import Config, HstuConfig
+from genrec_dist.evaluation.dense import users_at_once
 from genrec_dist.evaluation.likelihood import dense_validation
 from genrec_dist.generator.parameters import count_parameters, load_parameters
 from genrec_dist.pipeline import Stage, StageContext
@@ -87,7 +88,8 @@ class HstuTask:
             self.valid,
             self.config.max_history,
             worker,
-            limit=self.users,
+            self.users,
+            users_at_once(len(self.model.item.weight), worker.device),
         )
 
 

@@ -15,7 +15,7 @@ from genrec_dist.catalog.dataset import Catalog, Sequences
 from genrec_dist.collaborative.backbones import SasRec
 from genrec_dist.collaborative.losses import counted, full_softmax, scale_of, similarity
 from genrec_dist.config import Config, SasrecConfig
-from genrec_dist.evaluation.dense import by_history
+from genrec_dist.evaluation.dense import by_history, users_at_once
 from genrec_dist.evaluation.likelihood import dense_validation
 from genrec_dist.generator.parameters import count_parameters
 from genrec_dist.generator.transformer import init_weights, scale_residuals
@@ -113,7 +113,8 @@ class SasrecTask:
     def validate(self, worker: Worker) -> dict[str, float]:
         scale = scale_of(self.config.similarity, self.config.temperature)
         model, width = self.model, self.config.max_history
-        return dense_validation(by_history(model.score_catalog), scale, self.valid, width, worker, limit=self.users)
+        rows = users_at_once(len(model.item.weight), worker.device)
+        return dense_validation(by_history(model.score_catalog), scale, self.valid, width, worker, self.users, rows)
 
 
 def train_sasrec(worker: Worker, context: StageContext, settings: dict) -> None:

@@ -22,7 +22,7 @@ from genrec_dist.collaborative.fusion import FusionModel, integrate
 from genrec_dist.collaborative.sharded_fusion import ShardedFusionTask, check_shardable
 from genrec_dist.collaborative.similarity import concat_pca, modality_similarity, reduce_by_pca
 from genrec_dist.config import Config, FusionConfig
-from genrec_dist.evaluation.dense import by_history, dense_ranks
+from genrec_dist.evaluation.dense import by_history, dense_ranks, users_at_once
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.graph.rows import write_sharded
 from genrec_dist.graph.stage import Partitions, graph_stage, partition_stage
@@ -113,7 +113,9 @@ class FusionTask:
     @torch.no_grad()
     def validate(self, worker: Worker) -> dict[str, float]:
         score, width = by_history(self.model.score_catalog), self.config.max_history
-        ranks = dense_ranks(score, self.valid, width, worker, limit=self.users)
+        numbers = self.model.num_items * (width if self.config.backbone == "din" else 1)
+        rows = users_at_once(numbers, worker.device)
+        ranks = dense_ranks(score, self.valid, width, worker, rows, self.users)
         return rank_metrics(ranks, [10])
 
 

@@ -50,7 +50,9 @@ class RuntimeConfig(Section):
     )
     num_embed_workers: int = Field(1, ge=1, description="engines, each on its own cores or GPUs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: int = Field(0, ge=0, description="CPU threads a worker; 0: cores over workers")
+    num_threads: int = Field(
+        0, ge=0, description="CPU threads a worker; 0: cores over workers. Training on a GPU takes 4 at most"
+    )
     engine: Literal["auto", "torch", "deepspeed"] = Field(
         "auto", description="auto: deepspeed under Ray, torch in a plain process"
     )

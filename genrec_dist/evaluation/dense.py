@@ -18,6 +18,20 @@ Scorer = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 """Batch of samples -> scores of all items, (B, num_items)."""
 
 
+HELD = 1 << 25
+"""Numbers that a batch of scores holds at most: 128 MiB."""
+MOST_USERS = {"cuda": 4096, "cpu": 256}
+
+
+def users_at_once(numbers: int, device: torch.device) -> int:
+    """Rows of a batch: on a GPU many, because starting kernels costs the same for few.
+
+    Args:
+        numbers: that scoring one user holds, at least one an item of the catalog.
+    """
+    return max(1, min(MOST_USERS[device.type], HELD // max(numbers, 1)))
+
+
 def by_history(score: Callable[..., torch.Tensor]) -> Scorer:
     """A scorer that reads history and mask, and the history's own times where the batch holds times."""
     return lambda batch: score(*history_of(batch))

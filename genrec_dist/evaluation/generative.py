@@ -18,6 +18,8 @@ from genrec_dist.training.worker import Worker
 
 BATCH_USERS = RuntimeConfig().eval_batch_size
 """Users of a batch where nothing else is said."""
+BEAMS = 1 << 15
+"""Beams of a batch on a GPU: with fewer, starting kernels takes most of the time."""
 
 
 def rank_in_list(items_BW: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
@@ -42,10 +44,15 @@ def list_ranks(
     width: int,
     mix_weight: float = 0.0,
     limit: int = 0,
-    batch_size: int = BATCH_USERS,
+    batch_size: int = 0,
 ) -> np.ndarray:
-    """Rank of each target in its beam list, on every worker; (samples,) int64, 0 = not in it."""
+    """Rank of each target in its beam list, on every worker; (samples,) int64, 0 = not in it.
+
+    Args:
+        batch_size: users at once; 0: what the device likes.
+    """
     count = min(limit or len(samples), len(samples))
+    batch_size = batch_size or (max(BATCH_USERS, BEAMS // width) if worker.device.type == "cuda" else BATCH_USERS)
     ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
     tables = SearchTables(model)
 

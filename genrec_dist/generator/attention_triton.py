@@ -20,6 +20,8 @@ from genrec_dist.generator.fused_triton import kept
 LONGEST = 64
 """Queries and keys at most."""
 WIDTHS = (16, 32, 64, 128)
+PRODUCTS_OF_A_WARP = {"ieee": 1 << 14, "tf32": 1 << 16}
+"""Multiply-adds of a matrix product that a warp holds without spilling, as ptxas reports for compute capability 9."""
 
 
 @triton.jit
@@ -173,4 +175,9 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 
 def _warps(kinds: dict[str, Any]) -> int:
-    return 1 if kinds["BQ"] * kinds["BS"] <= 1024 else 4
+    """So many that a thread's numbers fit into its registers: else they go to memory, and compiling takes a minute."""
+    weights, width = kinds["BQ"] * kinds["BS"], kinds["E"]
+    share = PRODUCTS_OF_A_WARP[kinds["PRECISION"]]
+    if weights <= 1024 and width <= 64 and weights * width <= 2 * share:
+        return 1
+    return max(4 if weights > 1024 else 1, min(weights * width // share, 16))

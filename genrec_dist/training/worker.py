@@ -116,10 +116,15 @@ def _join_group(backend: str, name: str) -> None:
     dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
 
 
+BESIDE_GPU = 4
+"""Threads of a worker whose work is on a GPU, at most: more spin for a batch's few rows, in the way of other workers."""
+
+
 def setup_torch(worker: Worker, threads: int) -> None:
     """Deterministic CPU kernels, TF32 on GPUs, a fixed thread count (results on CPU depend on it)."""
-    torch.set_num_threads(threads)
-    if worker.device.type == "cuda":
+    on_gpu = worker.device.type == "cuda"
+    torch.set_num_threads(min(threads, BESIDE_GPU) if on_gpu else threads)
+    if on_gpu:
         torch.cuda.set_device(worker.device)
         torch.set_float32_matmul_precision("high")
 

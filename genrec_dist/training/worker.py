@@ -117,7 +117,7 @@ def _join_group(backend: str, name: str) -> None:
 
 
 BESIDE_GPU = 4
-"""Threads of a worker whose work is on a GPU, at most: more spin for a batch's few rows, in the way of other workers."""
+"""Threads of a worker whose work is on a GPU, at most: more of them spin for a few rows, in the way of others."""
 
 
 def setup_torch(worker: Worker, threads: int) -> None:

@@ -167,7 +167,9 @@ def bounds_note(data: StudyData, intervals: bool = True) -> str:
     seeds = len(data.seeds)
     if seeds == 1:
         return "Below a number: 95% bootstrap interval over users." if intervals else ""
-    mean = f"Mean ± standard deviation of {seeds} seeds"
+    found = [data.metric(variant.name, "recall@10") for variant in data.variants]
+    some_lack = any(pooled is not None and len(pooled.values) < seeds for pooled in found)
+    mean = f"Mean ± standard deviation of {seeds} seeds{', fewer where runs are missing' if some_lack else ''}"
     if intervals:
         return f"{mean}; below it the lowest lower and highest upper bound of their 95% intervals."
     return f"{mean}; below it the range of the seeds."

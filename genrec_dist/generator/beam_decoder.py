@@ -1,8 +1,9 @@
 """One step of the decoder for all beams: the model's own, or on a CPU the PRORec decoder rearranged for search.
 
 The rearranged one computes what `DecoderLayer` computes, one place at a time and without dropout: a few users at a
-time, so that activations stay in a core's cache; queries, keys and values of the first layer from a table of nodes; the
-few places behind a beam without a copy into one tensor; cross-attention's projections of queries and outputs multiplied
+time, so that activations stay in a core's cache; queries, keys and values of the first layer from a table of nodes, and
+at the first step its attention to the start tokens, too; the few places behind a beam without a copy into one tensor;
+cross-attention's projections of queries and outputs multiplied
 into a user's keys and values where its history is short; products into buffers that are kept, sums into the residual in
 place. A test holds it to the model. On a GPU the model's own is taken.
 
@@ -48,17 +49,21 @@ class BeamDecoder(Protocol):
         """
 
 
-def make_decoder(model: CodeGenerator, tokens: torch.Tensor, prepared: bool | None = None) -> BeamDecoder:
+def make_decoder(
+    model: CodeGenerator, tokens: torch.Tensor, prepared: bool | None = None, openers: int | None = None
+) -> BeamDecoder:
     """The rearranged decoder for a PRORec generator on a CPU, else the model's own.
 
     Args:
         model: generator in eval mode.
         tokens: decoder inputs of inner nodes, (num_inner, D).
         prepared: take the rearranged one; None: by the device.
+        openers: the first so many tokens are those that a path can begin with; None: all.
     """
     on_cpu = tokens.device.type == "cpu" if prepared is None else prepared
     if on_cpu and isinstance(model, Generator) and len(tokens):
-        return PreparedDecoder([cast(DecoderLayer, layer) for layer in model.decoder], model.decoder_norm, tokens)
+        layers = [cast(DecoderLayer, layer) for layer in model.decoder]
+        return PreparedDecoder(layers, model.decoder_norm, tokens, len(tokens) if openers is None else openers)
     return ModelDecoder(model, tokens)
 
 
@@ -172,13 +177,15 @@ class PreparedDecoder:
     Args:
         layers, norm: of the model, in eval mode.
         tokens: decoder inputs of inner nodes, (num_inner, D).
+        openers: the first so many of them are all that a first step is given.
     """
 
-    def __init__(self, layers: list[DecoderLayer], norm: nn.LayerNorm, tokens: torch.Tensor) -> None:
+    def __init__(self, layers: list[DecoderLayer], norm: nn.LayerNorm, tokens: torch.Tensor, openers: int) -> None:
         self.layers, self.norm, self.tokens = [_Layer(layer) for layer in layers], norm, tokens
         self.heads, self.dim = layers[0].self_attention.num_heads, tokens.shape[1]
         project = self.layers[0].project
         self.first = torch.addmm(project.bias, self.layers[0].norm(tokens), project.weight)
+        self.openers, self._opened = openers, tokens[:0]
         self._buffers: dict[str, torch.Tensor] = {}
 
     def start(self, cache: list[KeyValue] | None, memory: Memory) -> Behind:
@@ -187,27 +194,46 @@ class PreparedDecoder:
         for layer in cache:
             places = zip(*(part.transpose(1, 2).split(1, 1) for part in layer))
             prefix.append([(key, value) for key, value in places])
+        if not len(self._opened):
+            self._opened = self._open(prefix[0])
         keys, mask = memory
         folds = self.heads * mask.shape[3] <= self.dim
         return Behind(prefix, [], [layer.fold(kv, mask) for layer, kv in zip(self.layers, keys)] if folds else [])
 
+    def _open(self, prefix: list[KeyValue]) -> torch.Tensor:
+        """Opening tokens behind the first layer's attention to the start tokens, in which no user has a part yet.
+
+        Args:
+            prefix: keys and values of the start tokens, of which any user's will do.
+        """
+        x = self.tokens[: self.openers].clone()
+        if len(x):
+            of_one = [(key[:1], value[:1]) for key, value in prefix]
+            self.layers[0].out.add_to(x, self._attend(self.first[: self.openers], of_one, [], len(x)))
+        return x
+
     def step(
         self, token_R: torch.Tensor, source_R: torch.Tensor, memory: Memory, state: Behind, beams: int, last: bool
     ) -> tuple[torch.Tensor, Behind]:
+        opens = not state.own
         own = [kept[source_R] for kept in state.own]
         out = self.tokens.new_empty(len(token_R), self.dim)
         grown = None if last else out.new_empty(len(out), 2 * self.dim * len(self.layers))
         for first in range(0, len(out) // beams, USERS_AT_ONCE):
             users = slice(first, first + USERS_AT_ONCE)
             rows = slice(first * beams, (first + USERS_AT_ONCE) * beams)
-            x = self.tokens[token_R[rows]]
+            x = (self._opened if opens else self.tokens)[token_R[rows]]
             for i, layer in enumerate(self.layers):
-                projected = self._project(i, x, token_R[rows])
+                keys_values = slice(2 * self.dim * i, 2 * self.dim * (i + 1))
+                attended = opens and i == 0
+                if grown is not None or not attended:
+                    projected = self._project(i, x, token_R[rows])
                 if grown is not None:
-                    grown[rows, 2 * self.dim * i : 2 * self.dim * (i + 1)] = projected[:, self.dim :]
-                behind = [kept[rows, 2 * self.dim * i : 2 * self.dim * (i + 1)] for kept in own]
-                prefix = [(key[users], value[users]) for key, value in state.prefix[i]]
-                layer.out.add_to(x, self._attend(projected, prefix, behind, beams))
+                    grown[rows, keys_values] = projected[:, self.dim :]
+                if not attended:
+                    behind = [kept[rows, keys_values] for kept in own]
+                    prefix = [(key[users], value[users]) for key, value in state.prefix[i]]
+                    layer.out.add_to(x, self._attend(projected, prefix, behind, beams))
                 if state.folded:
                     self._cross_folded(layer, x, Folded(*(part[users] for part in state.folded[i])), beams)
                 else:
@@ -249,6 +275,11 @@ class PreparedDecoder:
         query = query.view(shape)
         places = [tuple(part.view(shape) for part in both.split(self.dim, 1)) for both in (*behind, own)]
         product = self._buffer("attended", len(projected), self.dim).view(shape)
+        if len(prefix) == len(places) == 1:  # of two weights that add up to 1 the logistic function gives one
+            (start_key, start_value), (key, value) = prefix[0], places[0]
+            difference = torch.sub(key, start_key, out=product).mul_(query).sum(3)
+            weight = difference.mul_(shape[3] ** -0.5).sigmoid_()[..., None]
+            return torch.sub(value, start_value, out=product).mul_(weight).add_(start_value).view(-1, self.dim)
         scores = [torch.mul(query, key, out=product).sum(3) for key, _ in (*prefix, *places)]
         weights = (torch.stack(scores) * shape[3] ** -0.5).softmax(0)[..., None]
         mixed = torch.mul(weights[-1], places[-1][1], out=product)

@@ -44,7 +44,7 @@ class SearchTables:
         nodes = inner.nonzero()[:, 0]
         self._row = (inner.cumsum(0) - 1).clamp(min=0)
         self._tokens = _inner_tokens(model, nodes)
-        self.decoder = make_decoder(model, self._tokens)
+        self.decoder = make_decoder(model, self._tokens, openers=int((trie.level[nodes] == 1).sum()))
         leaf_levels = trie.level[trie.num_children == 0]
         self._shallowest = int(leaf_levels.min())
         self._nodes = head._unit(head.nodes.table).contiguous() if isinstance(head, ChildHead) else None

@@ -163,7 +163,10 @@ def test_shipped_sweeps_are_read_and_name_their_configurations():
         assert all((folder / arm.config).is_file() for arm in sweep.arms.values())
     beauty = load_sweep(folder / "depth_beauty.yaml")
     assert beauty.depths == [1, 2, 4, 8, 12, 16, 24, 32]
-    assert {"prorec", "hstu", "collaborative", "semantic"} == set(beauty.arms)
+    assert {"prorec", "hstu"} == set(beauty.arms)
+    modalities = load_sweep(folder / "depth_beauty_modalities.yaml")
+    assert {"prorec", "collaborative", "semantic"} == set(modalities.arms)
+    assert modalities.depths == beauty.depths
 
 
 @pytest.mark.parametrize("method", sorted(DEPTH_KEYS))

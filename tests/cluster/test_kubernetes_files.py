@@ -218,12 +218,14 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(tmp_path, words, whe
     assert not (tmp_path / "out").exists()
 
 
-def test_other_files_in_the_folder_are_left_alone(tmp_path):
+@pytest.mark.parametrize("out", [".", "notes.txt"], ids=["other files", "no folder"])
+def test_what_is_in_the_way_is_left_alone(tmp_path, out):
     (tmp_path / "notes.txt").write_text("mine")
     command = ["submit", str(ROOT / "configs" / "quickstart.yaml"), "--store", "/shared/s", "--runs", "/shared/r"]
-    done = CliRunner().invoke(app, [*command, "--render", "kuberay", "--out", str(tmp_path)])
+    done = CliRunner().invoke(app, [*command, "--render", "kuberay", "--out", str(tmp_path / out)])
     assert done.exit_code == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert "--out" in done.output
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes.txt", "mine")]
 
 
 @pytest.mark.parametrize("name", ["a", "run-1", "A", "x" * 100, "a.b", "-".join("ab" * 30), "9_"])

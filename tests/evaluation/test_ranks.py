@@ -12,7 +12,7 @@ from genrec_dist.baselines.popularity import popularity_scores
 from genrec_dist.catalog.dataset import Sequences
 from genrec_dist.config import EvaluationConfig, GeneratorConfig, RuntimeConfig
 from genrec_dist.evaluation import generative, ranking
-from genrec_dist.evaluation.dense import batched, by_history, dense_ranks, mask_seen, target_ranks
+from genrec_dist.evaluation.dense import batched, by_history, dense_ranks, mask_seen, target_ranks, users_at_once
 from genrec_dist.evaluation.generative import drop_seen, rank_in_list
 from genrec_dist.evaluation.ranking import rank_users
 from genrec_dist.evaluation.stage import summarise
@@ -100,6 +100,15 @@ def test_dense_ranks_of_the_first_users_only():
     everyone = dense_ranks(scorer(20), samples, 4, Worker(), batch_size=4)
     assert dense_ranks(scorer(20), samples, 4, Worker(), batch_size=4, limit=9).tolist() == everyone[:9].tolist()
     assert len(dense_ranks(scorer(20), samples, 4, Worker(), limit=10_000)) == len(samples)
+
+
+@pytest.mark.parametrize(("device", "small"), [("cpu", 256), ("cuda", 2772)])
+def test_users_at_once_by_hand(device, small):
+    """2^25 scores at most: 2,772 users of 12,101 items, one of more items than that."""
+    assert users_at_once(12_101, torch.device(device)) == small
+    assert users_at_once(10, torch.device(device)) == {"cpu": 256, "cuda": 4096}[device]
+    assert users_at_once(1 << 24, torch.device(device)) == 2
+    assert users_at_once(1 << 30, torch.device(device)) == 1
 
 
 class Share(Worker):

@@ -113,7 +113,7 @@ def make_job(planned: Planned, store: Path, runs: Path, folder: Path, parallel: 
     command += ["--until", planned.until] if planned.until else []
     name = planned.config.name
     runtime = planned.config.runtime
-    one_gpu = runtime.num_workers == 1 and runtime.device != "cpu"
+    one_gpu = runtime.num_workers * runtime.vllm.tensor_parallel_size == 1 and runtime.device != "cpu"
     grace = runtime.grace_seconds + LEAVE_SECONDS
     return Job(name, command, planned.stages, folder / "logs" / f"{name}.log", grace, one_gpu)
 

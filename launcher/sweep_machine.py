@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
@@ -77,25 +78,30 @@ def visible_gpus() -> list[str] | None:
     return None if named is None else [name.strip() for name in named.split(",") if name.strip()]
 
 
-def gpu_names(count: int) -> list[str]:
+def gpu_names() -> list[str]:
     """What CUDA_VISIBLE_DEVICES calls each of this process's GPUs."""
-    return visible_gpus() or [str(place) for place in range(count)]
+    return [name for name, _ in _listed()]
 
 
 def _gpus() -> tuple[float, ...]:
+    return tuple(size for _, size in _listed())
+
+
+def _listed() -> list[tuple[str, float]]:
+    """Name and bytes of each visible GPU, up to the first entry that is none, as CUDA reads the variable."""
     try:
         out = subprocess.run(
             ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=10, check=True,
         ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    rows = [[part.strip() for part in line.split(",")] for line in out.splitlines() if line.strip()]
-    by_name = {name: float(mib) * (1 << 20) for index, uuid, mib in rows for name in (index, uuid)}
+        rows = [[part.strip() for part in line.split(",")] for line in out.splitlines() if line.strip()]
+        by_name = {name: float(mib) * (1 << 20) for index, uuid, mib in rows for name in (index, uuid)}
+    except (OSError, subprocess.SubprocessError, ValueError):  # a GPU that shares the host's memory has no figure
+        return []
     named = visible_gpus()
     if named is None:
-        return tuple(by_name[row[0]] for row in rows)
-    return tuple(by_name[name] for name in named if name in by_name)
+        named = [index for index, _, _ in rows]
+    return [(name, by_name[name]) for name in takewhile(by_name.__contains__, named)]
 
 
 def need_of(config: Config, estimate: float | None, machines: Sequence[Machine], parallel: int) -> Need:

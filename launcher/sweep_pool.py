@@ -92,7 +92,7 @@ class LocalPool:
         gpus = (self._free_gpus(need) or tuple(range(len(self.machine.gpus)))) if need.gpu else ()
         environment = dict(os.environ)
         if gpus:
-            names = gpu_names(len(self.machine.gpus))
+            names = gpu_names() or [str(i) for i in range(len(self.machine.gpus))]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in gpus)
         self.logs.mkdir(parents=True, exist_ok=True)
         with open(self.logs / f"{unit.name}.log", "ab") as log:

@@ -82,6 +82,7 @@ class HstuTask:
 
     def validate(self, worker: Worker) -> dict[str, float]:
         scale = scale_of(self.config.similarity, self.config.temperature)
+        biases = 2 * self.config.num_layers * self.config.max_history**2  # of a user, made for all layers at once
         return dense_validation(
             lambda batch: self.model.score_catalog(batch["history"], batch["mask"], batch["times"]),
             scale,
@@ -89,7 +90,7 @@ class HstuTask:
             self.config.max_history,
             worker,
             self.users,
-            users_at_once(len(self.model.item.weight), worker.device),
+            users_at_once(max(len(self.model.item.weight), biases), worker.device),
         )
 
 

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from genrec_dist.config.section import INIT_OF_LAYERS, Init, OptimConfig, Section, check_heads
 
+LOWEST_RATE = 0.001
+
 
 class GeneratorConfig(Section):
     """PRORec Stage II: encoder-decoder over item codes."""
@@ -63,6 +65,9 @@ class GeneratorConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> GeneratorConfig:
         check_heads("generator", self.dim, self.num_heads)
+        for name in ("item_embedding_rate", "node_embedding_rate"):
+            if 0 < getattr(self, name) < LOWEST_RATE:  # Adam's epsilon would hold such a table back further
+                raise ValueError(f"generator.{name} must be 0 or at least {LOWEST_RATE}")
         if self.depth_buckets and not self.optim.length_buckets:
             raise ValueError("generator.depth_buckets needs windows of batches: generator.optim.length_buckets above 0")
         if self.depth_buckets and self.head != "child":  # a level's own head would get no gradient from many batches

@@ -63,7 +63,7 @@ def make_decoder(
     on_cpu = tokens.device.type == "cpu" if prepared is None else prepared
     if on_cpu and isinstance(model, Generator) and len(tokens):
         layers = [cast(DecoderLayer, layer) for layer in model.decoder]
-        return PreparedDecoder(layers, model.decoder_norm, tokens, len(tokens) if openers is None else openers)
+        return PreparedDecoder(layers, model.decoder_norm, tokens, tokens[:openers], model.start_tokens(1)[0])
     return ModelDecoder(model, tokens)
 
 
@@ -177,16 +177,31 @@ class PreparedDecoder:
     Args:
         layers, norm: of the model, in eval mode.
         tokens: decoder inputs of inner nodes, (num_inner, D).
-        openers: the first so many of them are all that a first step is given.
+        openers: the first of them, which are all that a first step is given.
+        start: decoder inputs of the start tokens, (P, D).
     """
 
-    def __init__(self, layers: list[DecoderLayer], norm: nn.LayerNorm, tokens: torch.Tensor, openers: int) -> None:
+    def __init__(
+        self,
+        layers: list[DecoderLayer],
+        norm: nn.LayerNorm,
+        tokens: torch.Tensor,
+        openers: torch.Tensor,
+        start: torch.Tensor,
+    ) -> None:
         self.layers, self.norm, self.tokens = [_Layer(layer) for layer in layers], norm, tokens
         self.heads, self.dim = layers[0].self_attention.num_heads, tokens.shape[1]
         project = self.layers[0].project
-        self.first = torch.addmm(project.bias, self.layers[0].norm(tokens), project.weight)
-        self.openers, self._opened = openers, tokens[:0]
         self._buffers: dict[str, torch.Tensor] = {}
+        self.first, of_start = (
+            torch.addmm(project.bias, self.layers[0].norm(x), project.weight) for x in (tokens, start)
+        )
+        # Opening tokens behind the first layer's attention to the start tokens, in which no user has a part yet.
+        self.opened = openers.clone()
+        if len(openers):
+            places = of_start[:, self.dim :].view(len(start), 2, 1, 1, self.heads, -1)
+            prefix = [(key, value) for key, value in places]
+            self.layers[0].out.add_to(self.opened, self._attend(self.first[: len(openers)], prefix, [], len(openers)))
 
     def start(self, cache: list[KeyValue] | None, memory: Memory) -> Behind:
         assert cache is not None
@@ -194,23 +209,9 @@ class PreparedDecoder:
         for layer in cache:
             places = zip(*(part.transpose(1, 2).split(1, 1) for part in layer))
             prefix.append([(key, value) for key, value in places])
-        if not len(self._opened):
-            self._opened = self._open(prefix[0])
         keys, mask = memory
         folds = self.heads * mask.shape[3] <= self.dim
         return Behind(prefix, [], [layer.fold(kv, mask) for layer, kv in zip(self.layers, keys)] if folds else [])
-
-    def _open(self, prefix: list[KeyValue]) -> torch.Tensor:
-        """Opening tokens behind the first layer's attention to the start tokens, in which no user has a part yet.
-
-        Args:
-            prefix: keys and values of the start tokens, of which any user's will do.
-        """
-        x = self.tokens[: self.openers].clone()
-        if len(x):
-            of_one = [(key[:1], value[:1]) for key, value in prefix]
-            self.layers[0].out.add_to(x, self._attend(self.first[: self.openers], of_one, [], len(x)))
-        return x
 
     def step(
         self, token_R: torch.Tensor, source_R: torch.Tensor, memory: Memory, state: Behind, beams: int, last: bool
@@ -222,7 +223,7 @@ class PreparedDecoder:
         for first in range(0, len(out) // beams, USERS_AT_ONCE):
             users = slice(first, first + USERS_AT_ONCE)
             rows = slice(first * beams, (first + USERS_AT_ONCE) * beams)
-            x = (self._opened if opens else self.tokens)[token_R[rows]]
+            x = (self.opened if opens else self.tokens)[token_R[rows]]
             for i, layer in enumerate(self.layers):
                 keys_values = slice(2 * self.dim * i, 2 * self.dim * (i + 1))
                 attended = opens and i == 0

@@ -68,8 +68,8 @@ def _int64(array: np.ndarray) -> torch.Tensor:
 class RatedEmbedding(nn.Embedding):
     """A table that learns `rate` times as fast as other weights, from given start values.
 
-    Steps of Adam do not depend on the scale of a parameter: the weight is kept divided by the rate. Its decay is that of
-    other weights, whatever the rate.
+    Steps of Adam do not depend on the scale of a parameter: the weight is kept divided by the rate. It decays as other
+    weights do, whatever the rate.
 
     Args:
         start: values; copied.

@@ -130,7 +130,7 @@ def run_jobs(
         None when all went well, else a failure with the exit code of the first that did not.
 
     Raises:
-        Stopped: a signal arrived; it was passed on, and all children have ended.
+        Stopped: a signal arrived, and all children have saved and ended.
     """
     waiting = list(jobs)
     active: list[Job] = []
@@ -151,7 +151,7 @@ def run_jobs(
                 time.sleep(POLL_SECONDS)
         except BaseException as error:
             seen = signals.seen()
-            _stop(active, seen or signal.SIGTERM)
+            _stop(active)
             raise Stopped(explain(error, seen)) from error
     if not failed:
         return None
@@ -197,12 +197,12 @@ def _code(job: Job) -> int:
     return code if code >= 0 else EXIT_BUG
 
 
-def _stop(active: list[Job], number: signal.Signals) -> None:
-    """Pass a signal on to the children and wait for them; one that does not leave in time is killed with its group."""
+def _stop(active: list[Job]) -> None:
+    """Have the children save and leave, and wait for them; one that does not leave in time is killed with its group."""
     running = [job for job in active if job.process and job.process.poll() is None]
     for job in running:
         assert job.process is not None
-        job.process.send_signal(number)
+        job.process.send_signal(signal.SIGTERM)
     end = time.monotonic() + max((job.grace for job in running), default=0)
     for job in running:
         assert job.process is not None

@@ -22,6 +22,8 @@ GPU_PROCESS_BYTES = 1.0 * GIB
 """CUDA context, workspaces and captured graphs of a process."""
 MARGIN = 1.25
 """Estimates leave out fragmentation and the beams of a validation."""
+CORES_BESIDE_GPU = 8
+"""Of stages for several trials, some of which work on the CPU."""
 GPU_STEP = 0.05
 
 
@@ -128,11 +130,17 @@ def need_of(config: Config, estimate: float | None, machines: Sequence[Machine],
 
 
 def shared_need(config: Config, machine: Machine) -> Need:
-    """What stages for several trials take: all cores, or a GPU a worker and its part of the cores."""
+    """What stages for several trials take: all cores; on GPUs half a one, so that trials that need other stages go on
+    beside, or a whole one for each of several workers."""
     workers = config.runtime.num_workers
-    gpus = len(machine.gpus) if wants_gpu(config, [machine]) else 0
-    cores = config.runtime.num_threads or max(1, machine.cores // max(workers, gpus))
-    return Need(cores, PROCESS_BYTES * workers, 1.0 if gpus >= workers else 0.0, workers)
+    if not wants_gpu(config, [machine]):
+        return Need(
+            config.runtime.num_threads or max(1, machine.cores // workers), PROCESS_BYTES * workers, 0.0, workers
+        )
+    cores = config.runtime.num_threads or max(
+        1, min(CORES_BESIDE_GPU, machine.cores // max(workers, len(machine.gpus)))
+    )
+    return Need(cores, PROCESS_BYTES * workers, 0.5 if workers == 1 else 1.0, workers)
 
 
 def wants_gpu(config: Config, machines: Sequence[Machine]) -> bool:

@@ -220,11 +220,11 @@ class Scheduler:
         self.say(f"{unit.name}: failed, {why}")
 
     def _stop(self, signals: StopSignals) -> None:
-        """Tell the children, wait for them, and leave; a second signal does not wait."""
+        """Have the children save and leave, and wait for them; a second signal does not wait."""
         number = signals.received[0]
         running = self.pool.running
         self.say(f"{number.name}: {len(running)} running units are told to stop")
-        self.pool.tell(number)
+        self.pool.tell(signal.SIGTERM)
         grace = max((u.config.runtime.grace_seconds for u in self.units if u.name in running), default=0.0)
         deadline = time.monotonic() + grace + LEAVE_SECONDS
         while self.pool.running and len(signals.received) < 2 and time.monotonic() < deadline:

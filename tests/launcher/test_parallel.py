@@ -118,20 +118,21 @@ def test_one_that_fails_is_reported_and_the_others_go_on(work: Work) -> None:
     assert "good: finished in" in work.screen.getvalue()
 
 
-def test_a_signal_goes_to_the_children_and_ends_the_study(work: Work, wait_for) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_on_a_signal_the_children_save_and_the_study_ends(work: Work, wait_for, number, code) -> None:
     trap = f"trap 'echo told >> {work.said}; exit 75' TERM; while true; do sleep 0.02; done"
     jobs = [work.job("one", [stage("a")], then=trap), work.job("two", [stage("b")])]
 
     def tell() -> None:
         wait_for(lambda: "one a" in work.words())
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=tell)
     thread.start()
     with pytest.raises(Stopped) as caught:
         work.run(jobs, 1)
     thread.join()
-    assert caught.value.failure.exit_code == 75
+    assert caught.value.failure.exit_code == code
     assert work.words()[-1] == "told"
     assert "two in" not in work.words()
     assert jobs[0].process.returncode == 75

@@ -228,7 +228,7 @@ def test_signals_reach_the_children_and_end_the_sweep(carry_out, number, code):
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
     stopped, pool, _ = carry_out([unit("t1"), unit("t2"), unit("t3")], {"t1": ["hang"], "t2": ["hang"]})
     assert stopped.failure.exit_code == code
-    assert pool.told == [number]
+    assert pool.told == [signal.SIGTERM]  # on which a training saves first
     assert sorted(pool.started) == ["t1", "t2"]
 
 
@@ -292,7 +292,10 @@ def test_what_trials_take():
         1, 4.5 * GIB, 0.0, 2
     )  # one GPU for two workers
     assert shared_need(plain, cpu[0]) == Need(8, GIB)
-    assert shared_need(plain, gpu[0]) == Need(8, GIB, 1.0)
+    assert shared_need(plain, gpu[0]) == Need(8, GIB, 0.5)
+    two = Machine(32, 256 * GIB, (80 * GIB, 80 * GIB))
+    assert shared_need(plain, two) == Need(8, GIB, 0.5)
+    assert shared_need(unit("a", num_workers=2).config, two) == Need(8, 2 * GIB, 1.0, 2)
 
 
 def test_a_sweep_whose_largest_trial_fits_nowhere_is_refused_by_name():

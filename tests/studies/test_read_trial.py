@@ -93,6 +93,10 @@ def test_a_finished_run_has_every_number(tmp_path, method):
     assert trial.curve[1].train_loss < trial.curve[0].train_loss
     assert min(trial.tokens_per_second, trial.mfu, trial.peak_memory_bytes) > 0
     assert trial.hardware.endswith("cores")
+    artifact.rename(tmp_path / "elsewhere")  # as where the runs are copied and the store is not
+    lost = read_trial(found.path, method, depth)
+    assert (lost.state, lost.curve, lost.metrics) == ("failed", (), {})
+    assert f"{artifact.parent.name}/{artifact.name} is not in the store" in lost.reason
 
 
 def test_training_loss_of_a_point_is_the_mean_of_the_steps_since_the_last():

@@ -53,6 +53,9 @@ def read_trial(run_folder: str | Path, arm: str, depth: int, varied: Sequence[st
     if state != "finished":
         return Trial(folder.name, arm, depth, state=state, reason=reason, **known)
     artifact = run.artifact(title)
+    if not artifact.is_dir():
+        lost = f"finished, but its artifact {artifact.parent.name}/{artifact.name} is not in the store beside the runs"
+        return Trial(folder.name, arm, depth, state="failed", reason=lost, **known)
     summary, records = _json(artifact / "summary.json"), read_jsonl(artifact / "curves.jsonl")
     best = next((r for r in records if r["split"] == "valid" and r["step"] == summary.get("best_step")), {})
     memory = [r["memory_mib"] for r in records if "memory_mib" in r]

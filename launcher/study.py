@@ -31,7 +31,7 @@ from launcher.results import finish_run, finish_short
 from launcher.run import perform
 from launcher.streams import captured
 from launcher.study_plan import Plan, Planned
-from launcher.sweep_machine import gpu_names
+from launcher.sweep_machine import this_machine
 
 WITHOUT_RESULT = {"name", "runtime", "report", "tracking", "references"}
 """Sections that change no number of a method."""
@@ -92,7 +92,7 @@ def carry_out(
         )
     if not jobs:
         return None
-    return run_jobs(jobs, parallel, store, console, gpu_names())
+    return run_jobs(jobs, parallel, store, console, this_machine("auto").gpu_names)
 
 
 def _holds(run: RunFolder, stages: list[Stage]) -> bool:

@@ -35,11 +35,18 @@ class Machine:
         cores: that this process may use.
         memory: bytes.
         gpus: bytes of each visible GPU.
+        names: what CUDA_VISIBLE_DEVICES calls them; none: their places.
     """
 
     cores: int
     memory: float
     gpus: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def gpu_names(self) -> tuple[str, ...]:
+        """One for each GPU."""
+        return self.names or tuple(str(place) for place in range(len(self.gpus)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,9 @@ class Need:
 
 def this_machine(device: str) -> Machine:
     """This host, without its GPUs where `runtime.device` is the CPU."""
-    return Machine(len(os.sched_getaffinity(0)), _memory(), () if device == "cpu" else _gpus())
+    found = [] if device == "cpu" else _visible_gpus()
+    sizes, names = tuple(size for _, size in found), tuple(name for name, _ in found)
+    return Machine(len(os.sched_getaffinity(0)), _memory(), sizes, names)
 
 
 def _memory() -> float:
@@ -74,22 +83,7 @@ def _memory() -> float:
     return min(total, float(limit)) if limit.isdecimal() else total
 
 
-def visible_gpus() -> list[str] | None:
-    """Entries of CUDA_VISIBLE_DEVICES; None where it is not set."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if named is None else [name.strip() for name in named.split(",") if name.strip()]
-
-
-def gpu_names() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each of this process's GPUs."""
-    return [name for name, _ in _listed()]
-
-
-def _gpus() -> tuple[float, ...]:
-    return tuple(size for _, size in _listed())
-
-
-def _listed() -> list[tuple[str, float]]:
+def _visible_gpus() -> list[tuple[str, float]]:
     """Name and bytes of each visible GPU, up to the first entry that is none, as CUDA reads the variable."""
     try:
         out = subprocess.run(
@@ -100,10 +94,9 @@ def _listed() -> list[tuple[str, float]]:
         by_name = {name: float(mib) * (1 << 20) for index, uuid, mib in rows for name in (index, uuid)}
     except (OSError, subprocess.SubprocessError, ValueError):  # a GPU that shares the host's memory has no figure
         return []
-    named = visible_gpus()
-    if named is None:
-        named = [index for index, _, _ in rows]
-    return [(name, by_name[name]) for name in takewhile(by_name.__contains__, named)]
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [index for index, _, _ in rows] if asked is None else [name.strip() for name in asked.split(",")]
+    return [(name, by_name[name]) for name in takewhile(by_name.__contains__, names)]
 
 
 def need_of(config: Config, estimate: float | None, machines: Sequence[Machine], parallel: int) -> Need:
@@ -133,14 +126,11 @@ def shared_need(config: Config, machine: Machine) -> Need:
     """What stages for several trials take: all cores; on GPUs half a one, so that trials that need other stages go on
     beside, or a whole one for each of several workers."""
     workers = config.runtime.num_workers
-    if not wants_gpu(config, [machine]):
-        return Need(
-            config.runtime.num_threads or max(1, machine.cores // workers), PROCESS_BYTES * workers, 0.0, workers
-        )
-    cores = config.runtime.num_threads or max(
-        1, min(CORES_BESIDE_GPU, machine.cores // max(workers, len(machine.gpus)))
-    )
-    return Need(cores, PROCESS_BYTES * workers, 0.5 if workers == 1 else 1.0, workers)
+    share, cores = 0.0, machine.cores // workers
+    if wants_gpu(config, [machine]):
+        share = 0.5 if workers == 1 else 1.0
+        cores = min(CORES_BESIDE_GPU, machine.cores // max(workers, len(machine.gpus)))
+    return Need(config.runtime.num_threads or max(1, cores), PROCESS_BYTES * workers, share, workers)
 
 
 def wants_gpu(config: Config, machines: Sequence[Machine]) -> bool:

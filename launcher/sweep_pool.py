@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from genrec_dist.studies.scaling.plan import Unit
-from launcher.sweep_machine import Machine, Need, gpu_names
+from launcher.sweep_machine import Machine, Need
 
 Command = Callable[[Unit, dict[str, Any]], list[str]]
 """(unit, settings of the runtime section) -> command line of its child process."""
@@ -69,10 +69,6 @@ class LocalPool:
     runtime: dict[str, Any] = field(default_factory=dict)
     _children: dict[str, _Child] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        names, count = gpu_names(), len(self.machine.gpus)
-        self._names = names if len(names) == count else [str(place) for place in range(count)]
-
     @property
     def running(self) -> set[str]:
         return set(self._children)
@@ -96,7 +92,7 @@ class LocalPool:
         gpus = (self._free_gpus(need) or tuple(range(len(self.machine.gpus)))) if need.gpu else ()
         environment = dict(os.environ)
         if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._names[i] for i in gpus)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.machine.gpu_names[i] for i in gpus)
         self.logs.mkdir(parents=True, exist_ok=True)
         with open(self.logs / f"{unit.name}.log", "ab") as log:
             process = subprocess.Popen(

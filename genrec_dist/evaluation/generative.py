@@ -52,7 +52,7 @@ def list_ranks(
         batch_size: users at once; 0: what the device likes.
     """
     count = min(limit or len(samples), len(samples))
-    batch_size = batch_size or (max(BATCH_USERS, BEAMS // width) if worker.device.type == "cuda" else BATCH_USERS)
+    batch_size = batch_size or max(BATCH_USERS, BEAMS // width if worker.device.type == "cuda" else 0)
     ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
     tables = SearchTables(model)
 

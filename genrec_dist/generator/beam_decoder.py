@@ -3,9 +3,9 @@
 The rearranged one computes what `DecoderLayer` computes, one place at a time and without dropout: a few users at a
 time, so that activations stay in a core's cache; queries, keys and values of the first layer from a table of nodes, and
 at the first step its attention to the start tokens, too; the few places behind a beam without a copy into one tensor;
-cross-attention's projections of queries and outputs multiplied
-into a user's keys and values where its history is short; products into buffers that are kept, sums into the residual in
-place. A test holds it to the model. On a GPU the model's own is taken.
+cross-attention's projections of queries and outputs multiplied into a user's keys and values where its history is
+short; products into buffers that are kept, sums into the residual in place. A test holds it to the model. On a GPU the
+model's own is taken.
 
 Shape legend: B users, W beams, R rows (B x W), D width, H heads, E width of a head, P start tokens, S source length.
 """

@@ -18,6 +18,9 @@ from torch.distributed.rendezvous import rendezvous
 from genrec_dist.config import RuntimeConfig
 from genrec_dist.errors import ClusterError
 
+BESIDE_GPU = 4
+"""Threads of a worker whose work is on a GPU, at most: more of them spin for a few rows, in the way of others."""
+
 
 def _nothing() -> None:
     pass
@@ -114,10 +117,6 @@ def _join_group(backend: str, name: str) -> None:
     """Join torchrun's group; its store outlives a restart, with dead processes' addresses in it: keys get a prefix."""
     store, rank, world_size = next(rendezvous("env://"))
     dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
-
-
-BESIDE_GPU = 4
-"""Threads of a worker whose work is on a GPU, at most: more of them spin for a few rows, in the way of others."""
 
 
 def setup_torch(worker: Worker, threads: int) -> None:

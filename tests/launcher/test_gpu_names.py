@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from launcher.sweep_machine import GIB, gpu_names, this_machine
+from launcher.sweep_machine import GIB, this_machine
 
 TWO = "0, GPU-aa, 81920\n1, GPU-bb, 40960"
 
@@ -33,11 +33,11 @@ def test_visible_gpus(tmp_path, monkeypatch, listed, visible, names, sizes):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu_names() == names
+    assert list(this_machine("auto").gpu_names) == names
     assert this_machine("auto").gpus == tuple(size * GIB for size in sizes)
     assert this_machine("cpu").gpus == ()
 
 
 def test_without_the_tool_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_names() == []
+    assert this_machine("auto").gpu_names == ()

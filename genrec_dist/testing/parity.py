@@ -65,9 +65,9 @@ def _copy_rest(own: nn.Module, reference: nn.Module, norms: list[nn.LayerNorm]) 
     cast(nn.Linear, reference.linear2).load_state_dict(ffn[3].state_dict())
 
 
-def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter without what rounding decides: the bias of attention keys has gradient zero (softmax does not see
-    it), and Adam makes steps of its rounding."""
-    if name.endswith(".key.bias"):
+def without_unseen_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter without what rounding decides: the biases of attention keys and of DIN's pooling have gradient zero
+    (softmax does not see them), and Adam makes steps of its rounding."""
+    if name.endswith((".key.bias", ".pool.bias")):
         return tensor[:0]
     return tensor[len(tensor) // 2 :] if name.endswith("key_value.bias") else tensor

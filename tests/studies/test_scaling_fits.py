@@ -10,14 +10,14 @@ from made_trials import DEPTHS, LAYER, power, sweep, trial
 from scipy import stats
 
 from genrec_dist.errors import DataError
-from genrec_dist.studies.scaling.claims import CLAIMS, LEAD, judge, judge_all, judge_lead, paired
-from genrec_dist.studies.scaling.curves import DELTA, huber
+from genrec_dist.studies.scaling.claims import CLAIMS, LEAD, judge, judge_all, judge_lead
+from genrec_dist.studies.scaling.curves import DELTA, SMALLEST_EXPONENT, huber
 from genrec_dist.studies.scaling.fits import aicc, bootstrap, fit_all, fit_curve, predict_held_out
-from genrec_dist.studies.scaling.points import points_of
+from genrec_dist.studies.scaling.points import COMPUTE, LOSS, LOWEST_LOSS, points_of
 from genrec_dist.studies.scaling.trials import Trial
 from genrec_dist.studies.scaling.verdicts import judge_power_law
 
-LOSS, NDCG = "bits_per_item", "ndcg@20"
+NDCG = "ndcg@20"
 
 
 def flat(value: float):
@@ -202,6 +202,26 @@ def test_aicc_is_that_of_a_normalised_density():
     assert aicc(residuals[:5], 3) == np.inf
 
 
+def test_lowest_loss_is_taken_with_the_compute_up_to_it():
+    made = trial("prorec", 4, 0, 8.0, 0.05)
+    curve = [dataclasses.replace(p, bits_per_item=b) for p, b in zip(made.curve, (9, 7, None, 7.5), strict=False)]
+    made = dataclasses.replace(made, curve=tuple(curve))
+    for size, expected in (("layers", made.num_parameters["layers"]), (COMPUTE, curve[1].flops)):
+        found = points([made], LOWEST_LOSS, size)
+        assert (found.x.tolist(), found.y.tolist(), found.sign) == ([expected], [7.0], 1)
+    assert points([made], LOSS, COMPUTE).x.tolist() == [made.train_flops]
+    assert not len(points([dataclasses.replace(made, curve=())], LOWEST_LOSS).x)
+
+
+def test_an_interval_that_ends_where_the_search_does_is_not_told_from_zero():
+    fit = fit_all(points(sweep(noise=0.001)), 50)
+    assert judge_power_law(fit.points, fit).supported
+    at_zero = dataclasses.replace(fit.power, alpha_interval=(SMALLEST_EXPONENT, 1.0))
+    verdict = judge_power_law(fit.points, dataclasses.replace(fit, power=at_zero))
+    assert not verdict.supported
+    assert "not told from zero" in verdict.sentence
+
+
 def test_contradicting_or_impossible_trials_are_refused():
     with pytest.raises(DataError, match="two finished trials"):
         points([trial("prorec", 1, 0, 9.0, 0.05)] * 2)
@@ -214,14 +234,6 @@ def test_contradicting_or_impossible_trials_are_refused():
 def test_unfinished_trials_are_no_points():
     trials = [*sweep(depths=(1, 2)), Trial("prorec-l4-s0", "prorec", 4, 0, "failed", "out of memory")]
     assert points(trials).depths == [1, 2]
-
-
-def test_paired_difference_is_that_of_a_paired_t_test():
-    values = {8: {0: 0.050, 1: 0.052, 2: 0.051}, 32: {0: 0.055, 1: 0.054, 2: 0.057, 3: 0.9}}
-    found = paired(values, 32, 8)
-    reference = stats.ttest_rel([0.055, 0.054, 0.057], [0.050, 0.052, 0.051]).confidence_interval()
-    assert found.num_seeds == 3
-    assert found.interval == pytest.approx((reference.low, reference.high))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ HOSTILE = "</script><script>alert('x')</script>&<b>"
 FACTS = {"data": "made up", "order": "time", "generator": "of the tests"}
 FIGURES = {
     "by-depth", "loss", "excess-loss", "loss-other-counts", "metrics", "extrapolation", "seed-spread", "costs",
-    "learning-curves",
+    "learning-curves", "lowest-loss",
 }  # fmt: skip
 DRAWN = """[...document.querySelectorAll('.canvas')].map(c => [c.id, c.querySelectorAll('svg .trace').length,
     Math.round(c.querySelector('.main-svg').getBoundingClientRect().width - c.clientWidth)])"""
@@ -143,7 +143,7 @@ def test_the_verdicts_are_on_top_and_in_json(page):
     assert "“PRORec goes on improving up to 32 layers”: confirmed." in head
     assert "“HSTU declines beyond 8 layers”: confirmed." in head
     found = {(fit["arm"], fit["over"], fit["quantity"]): fit for fit in record["fits"]}
-    assert len(found) == 2 * 4 * 3
+    assert len(found) == 2 * 4 * 4
     assert found["prorec", "layers", "bits_per_item"]["power_law"]["alpha"] == pytest.approx(0.5, abs=0.1)
     assert not found["hstu", "non_embedding", "ndcg@20"]["power_law_supported"]
     assert "turns back" in found["hstu", "non_embedding", "ndcg@20"]["verdict"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from genrec_dist.testing.parity import without_key_bias
+from genrec_dist.testing.parity import without_unseen_bias
 from genrec_dist.testing.tiny import tiny_optim
 from genrec_dist.testing.tiny_tasks import CAPTURED
 from genrec_dist.training.averaging import WeightAverage
@@ -53,7 +53,7 @@ def test_captured_steps_are_the_plain_ones(name, ema):
     assert got_losses == pytest.approx(losses, rel=1e-4)
     assert got.keys() == state.keys()
     for key, value in state.items():
-        a, b = without_key_bias(key, got[key]), without_key_bias(key, value)
+        a, b = without_unseen_bias(key, got[key]), without_unseen_bias(key, value)
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 

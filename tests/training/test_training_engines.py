@@ -19,7 +19,7 @@ from genrec_dist.testing.engine_steps import (
     train_halves,
     two_worlds_job,
 )
-from genrec_dist.testing.parity import without_key_bias
+from genrec_dist.testing.parity import without_unseen_bias
 from genrec_dist.testing.processes import run_processes
 from genrec_dist.testing.tiny import tiny_optim
 from genrec_dist.testing.tiny_tasks import ENGINES, TASKS, make, sasrec_task
@@ -53,7 +53,7 @@ def check(got: dict, expected: dict, last: int = STEPS) -> None:
     assert got.keys() == expected.keys()
     for name in got:
         if name != "losses":
-            a, b = without_key_bias(name, got[name]), without_key_bias(name, expected[name])
+            a, b = without_unseen_bias(name, got[name]), without_unseen_bias(name, expected[name])
             torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 

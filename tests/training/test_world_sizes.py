@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from genrec_dist.artifacts.files import read_jsonl
-from genrec_dist.testing.parity import without_key_bias
+from genrec_dist.testing.parity import without_unseen_bias
 from genrec_dist.testing.processes import run_processes
 from genrec_dist.testing.tiny_tasks import TASKS
 from genrec_dist.testing.world_sizes import PARTS, Phase, phase_job
@@ -47,7 +47,7 @@ def test_one_two_four_two_workers_and_stages(tmp_path, task):
     torch.testing.assert_close(changed["losses"], whole["losses"], atol=1e-5, rtol=1e-5)
     assert changed["state"].keys() == whole["state"].keys()
     for name, value in whole["state"].items():
-        got, expected = without_key_bias(name, changed["state"][name]), without_key_bias(name, value)
+        got, expected = without_unseen_bias(name, changed["state"][name]), without_unseen_bias(name, value)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4, msg=name)
     order = TASKS[task](Worker(), batch_size=9).order
     assert sorted(changed["samples"]) == list(range(3 * order.steps_per_epoch))

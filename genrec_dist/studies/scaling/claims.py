@@ -1,4 +1,4 @@
-"""The claims of PRORec's Figure 6, judged by differences between depths, and between two systems, paired by seed.
+"""The claims of PRORec's Figure 6, judged by differences between depths, and between two systems, of the same seeds.
 
 The paper says of Amazon Beauty: PRORec goes on improving up to 32 layers; HSTU stands still at eight and declines
 beyond; PRORec outperforms HSTU everywhere, by up to 21.42% in NDCG@20. The first two are in words, without numbers.
@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from genrec_dist.studies.scaling.points import finished, value_of
+from genrec_dist.studies.scaling.seeds import Estimate, difference, gain_per_doubling
 from genrec_dist.studies.scaling.trials import Trial
 
 Judgement = Literal["confirmed", "contradicted", "undecided"]
@@ -67,33 +68,20 @@ METRICS = ("ndcg@20", "recall@20")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A mean over seeds with its 95% t interval; None where a single seed gives no interval.
-
-    Source:
-        Student's t over paired differences.
-    """
-
-    mean: float
-    interval: tuple[float, float] | None
-    num_seeds: int
-
-
-@dataclass(frozen=True)
 class ClaimVerdict:
     """What the runs say of a claim, in one metric.
 
     Args:
-        difference: metric at the claim's deep depth less that at its base, by seed; or the smallest lead at a depth.
-        slope: gain a doubling of the depth, from the base on, by seed; of a claim about depth.
+        difference: metric at the claim's deep depth less that at its base; or the smallest lead at a depth.
+        slope: gain a doubling of the depth, from the base on; of a claim about depth.
     """
 
     claim: Claim
     metric: str
     judgement: Judgement
     sentence: str
-    difference: Difference | None
-    slope: Difference | None = None
+    difference: Estimate | None
+    slope: Estimate | None = None
 
 
 def by_seed(trials: Sequence[Trial], arm: str, metric: str) -> dict[int, dict[int, float]]:
@@ -106,28 +94,13 @@ def by_seed(trials: Sequence[Trial], arm: str, metric: str) -> dict[int, dict[in
     return found
 
 
-def mean_with_interval(values: Sequence[float]) -> Difference:
-    """Mean and 95% t interval of numbers that are one a seed."""
-    array = np.asarray(values, float)
-    mean, n = float(array.mean()), len(array)
-    if n < 2:
-        return Difference(mean, None, n)
-    half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / np.sqrt(n))
-    return Difference(mean, (mean - half, mean + half), n)
-
-
-def paired(values: dict[int, dict[int, float]], depth: int, base: int) -> Difference | None:
-    """Difference between two depths over the seeds that both have; None without one."""
-    seeds = sorted(values.get(depth, {}).keys() & values.get(base, {}).keys())
-    return mean_with_interval([values[depth][s] - values[base][s] for s in seeds]) if seeds else None
-
-
 def judge(trials: Sequence[Trial], claim: DepthClaim, metric: str) -> ClaimVerdict:
-    """Judge a claim: confirmed or contradicted when the interval of the paired difference lies on one side of zero."""
+    """Judge a claim: confirmed or contradicted when the interval of the difference lies on one side of zero."""
     values = by_seed(trials, claim.arm, metric)
-    difference, slope = paired(values, claim.deep, claim.base), _slope(values, claim)
+    change = difference(values, claim.deep, claim.base)
+    slope = gain_per_doubling(values, claim.base, claim.deep)
     name = f"{_label(metric)}, {claim.deep} against {claim.base} layers"
-    if difference is None:
+    if change is None:
         missing = [str(depth) for depth in (claim.base, claim.deep) if not values.get(depth)]
         why = (
             f"no finished run of {claim.arm} at {' or '.join(missing)} layers" if missing else "no seed has both depths"
@@ -135,12 +108,12 @@ def judge(trials: Sequence[Trial], claim: DepthClaim, metric: str) -> ClaimVerdi
         return ClaimVerdict(claim, metric, "undecided", f"{name}: {why}.", None, slope)
     shared = values[claim.deep].keys() & values[claim.base].keys()
     base_mean = float(np.mean([values[claim.base][s] for s in shared]))
-    seeds = f"{difference.num_seeds} seed{'s' if difference.num_seeds > 1 else ''}"
-    said = f"{name}: {difference.mean:+.4f} ({difference.mean / base_mean:+.1%})" if base_mean else name
-    if difference.interval is None:
+    seeds = f"{change.num_seeds} seed{'s' if change.num_seeds > 1 else ''}"
+    said = f"{name}: {change.mean:+.4f} ({change.mean / base_mean:+.1%})" if base_mean else name
+    if change.interval is None:
         sentence = f"{said}, one seed, so no interval."
-        return ClaimVerdict(claim, metric, "undecided", sentence, difference, slope)
-    low, high = difference.interval
+        return ClaimVerdict(claim, metric, "undecided", sentence, change, slope)
+    low, high = change.interval
     judgement: Judgement = "undecided"
     if low > 0 or high < 0:
         judgement = "confirmed" if (low > 0) == (claim.sign > 0) else "contradicted"
@@ -148,7 +121,7 @@ def judge(trials: Sequence[Trial], claim: DepthClaim, metric: str) -> ClaimVerdi
     if slope and slope.interval:
         span = f"{slope.interval[0]:+.4f} to {slope.interval[1]:+.4f}"
         sentence += f" A doubling from {claim.base} layers on: {slope.mean:+.4f} ({span})."
-    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), difference, slope)
+    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), change, slope)
 
 
 def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimVerdict:
@@ -183,7 +156,7 @@ def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimV
     freedom = sum(len(lead) - 1 for lead in leads.values())
     if not freedom:
         sentence = f"{said}; one seed, so no interval."
-        return ClaimVerdict(claim, metric, "undecided", sentence.replace("-", "−"), Difference(mean, None, num_seeds))
+        return ClaimVerdict(claim, metric, "undecided", sentence.replace("-", "−"), Estimate(mean, None, num_seeds))
     spread = np.sqrt(sum(((lead - lead.mean()) ** 2).sum() for lead in leads.values()) / freedom)
 
     def half(depth: int, tail: float) -> float:
@@ -196,8 +169,7 @@ def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimV
         judgement = "contradicted"
     low, high = mean - half(smallest, 0.025), mean + half(smallest, 0.025)
     sentence = f"{said}; least at {smallest} layers: {mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f}."
-    difference = Difference(mean, (low, high), num_seeds)
-    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), difference)
+    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), Estimate(mean, (low, high), num_seeds))
 
 
 def judge_all(trials: Sequence[Trial]) -> list[ClaimVerdict]:
@@ -211,13 +183,3 @@ def judge_all(trials: Sequence[Trial]) -> list[ClaimVerdict]:
 
 def _label(metric: str) -> str:
     return metric.replace("ndcg", "NDCG").replace("recall", "Recall")
-
-
-def _slope(values: dict[int, dict[int, float]], claim: DepthClaim) -> Difference | None:
-    """Least-squares gain a doubling over the depths from base to deep, one slope a seed that has both ends."""
-    seeds = sorted(values.get(claim.deep, {}).keys() & values.get(claim.base, {}).keys())
-    slopes = []
-    for seed in seeds:
-        depths = [depth for depth in values if claim.base <= depth <= claim.deep and seed in values[depth]]
-        slopes.append(float(np.polyfit(np.log2(depths), [values[depth][seed] for depth in depths], 1)[0]))
-    return mean_with_interval(slopes) if slopes else None

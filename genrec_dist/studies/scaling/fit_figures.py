@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from genrec_dist.studies.scaling.claims import mean_with_interval
 from genrec_dist.studies.scaling.plot import (
     SOFT,
     Panel,
@@ -29,7 +28,8 @@ from genrec_dist.studies.scaling.plot import (
     si,
     swatches,
 )
-from genrec_dist.studies.scaling.points import COMPUTE, LOSS, QUANTITIES, SIZES, Points
+from genrec_dist.studies.scaling.points import COMPUTE, LOSS, LOSSES, LOWEST_LOSS, QUANTITIES, SIZES, Points
+from genrec_dist.studies.scaling.seeds import mean_at
 from genrec_dist.studies.scaling.study import MAIN_SIZE, Case, ScalingStudy
 
 GRID_POINTS = 90
@@ -46,13 +46,14 @@ def size_title(size: str) -> str:
     return "C, training FLOPs to the best checkpoint" if size == COMPUTE else f"N, {SIZES[size]}"
 
 
-def loss_over_sizes(study: ScalingStudy, sizes: Sequence[str], name: str) -> Plot | None:
+def loss_over_sizes(study: ScalingStudy, sizes: Sequence[str], name: str, loss: str = LOSS) -> Plot | None:
     """Loss against each of `sizes`, logarithmic axes, fitted power law with its band, residuals below."""
     panels, rows = [], []
     for size in sizes:
-        cases = _cases(study, size, LOSS)
+        cases = _cases(study, size, loss)
         if cases:
-            panel, drawn = _curves(study, cases, f"Loss against {_short(size)}", log_y=True, residuals=True)
+            title = f"{'Loss' if loss == LOSS else 'Lowest loss'} against {_short(size)}"
+            panel, drawn = _curves(study, cases, title, log_y=True, residuals=True)
             panels.append(panel)
             rows += drawn
     if not panels:
@@ -62,6 +63,8 @@ def loss_over_sizes(study: ScalingStudy, sizes: Sequence[str], name: str) -> Plo
         "bootstrap. Below: by how much a run lies above (+) or below its arm's curve. A curve is drawn whether or not "
         "a power law is supported; the verdict says that."
     )
+    if loss == LOWEST_LOSS:
+        caption += " Lowest: of all validations of a run, with the compute spent up to it."
     return Plot(name, panels, caption, rows, swatches(study.arms))
 
 
@@ -117,15 +120,15 @@ def metrics_over_size(study: ScalingStudy) -> Plot | None:
     panels, rows = [], []
     for quantity in QUANTITIES:
         cases = _cases(study, MAIN_SIZE, quantity)
-        if quantity != LOSS and cases:
+        if quantity not in LOSSES and cases:
             panel, drawn = _curves(study, cases, f"{QUANTITIES[quantity]} against {_short(MAIN_SIZE)}", means=True)
             panels.append(panel)
             rows += drawn
     if not panels:
         return None
     caption = (
-        "Small marks: runs. Large marks: means over seeds with their 95% t intervals, where a depth has several. "
-        "Line and band: M∞ − A N^−α, fitted to the runs."
+        "Small marks: runs. Large marks: means over seeds with 95% t intervals, the noise pooled over the depths "
+        "of an arm. Line and band: M∞ − A N^−α, fitted to the runs."
     )
     return Plot("metrics", panels, caption, rows, swatches(study.arms))
 
@@ -171,7 +174,12 @@ def extrapolation(study: ScalingStudy) -> Plot | None:
         if traces:
             layout = {
                 "xaxis": axis(
-                    "", tickvals=list(range(len(ticks))), ticktext=ticks, range=[-0.5, len(ticks) - 0.5], showgrid=False
+                    "",
+                    tickvals=list(range(len(ticks))),
+                    ticktext=ticks,
+                    range=[-0.5, len(ticks) - 0.5],
+                    showgrid=False,
+                    tickangle=0,
                 ),
                 "yaxis": axis(QUANTITIES[quantity]),
             }
@@ -183,7 +191,7 @@ def extrapolation(study: ScalingStudy) -> Plot | None:
         f"A power law in {SIZES[MAIN_SIZE]} was fitted to runs of at most {fitted_to} layers and asked for the deeper "
         "ones. Bar: prediction with the 95% interval of one run. Marks beside it: the runs themselves."
     )
-    return Plot("extrapolation", panels, caption, rows, swatches(study.arms), small=True)
+    return Plot("extrapolation", panels, caption, rows, swatches(study.arms), small=len(panels) == 3)
 
 
 def _curves(
@@ -246,9 +254,12 @@ def _curves(
 def _means(points: Points, index: int, arm: str) -> list[dict]:
     """Means over seeds with their intervals, at the mean size of a depth."""
     x, y, edges, hover = [], [], [], []
+    values: dict[int, dict[int, float]] = {}
+    for depth, seed, _, value in _columns(points, points.y):
+        values.setdefault(depth, {})[seed] = value
     for depth in points.depths:
         at = points.depth == depth
-        found = mean_with_interval(points.y[at])
+        found = mean_at(values, depth)
         if found.interval:
             x.append(np.exp(np.log(points.x[at]).mean()))
             y.append(found.mean)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from genrec_dist.errors import DataError
-from genrec_dist.studies.scaling.trials import Trial
+from genrec_dist.studies.scaling.trials import CurvePoint, Trial
 
 COMPUTE = "compute"
 SIZES = {
@@ -21,8 +21,15 @@ SIZES = {
     COMPUTE: "training FLOPs",
 }
 """What a curve can be drawn over: counting conventions of N, and C."""
-LOSS = "bits_per_item"
-QUANTITIES = {LOSS: "loss, bits an item", "ndcg@20": "NDCG@20", "recall@20": "Recall@20"}
+LOSS, LOWEST_LOSS = "bits_per_item", "lowest_bits_per_item"
+LOSSES = (LOSS, LOWEST_LOSS)
+"""Of the best checkpoint, which early stopping chose by a metric; of the validation where the loss was least."""
+QUANTITIES = {
+    LOSS: "loss, bits an item",
+    LOWEST_LOSS: "lowest loss, bits an item",
+    "ndcg@20": "NDCG@20",
+    "recall@20": "Recall@20",
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,12 @@ class Points:
     @property
     def sign(self) -> int:
         """1 for a loss, which falls when things go well; -1 for a metric."""
-        return 1 if self.quantity == LOSS else -1
+        return 1 if self.quantity in LOSSES else -1
 
     @property
     def limit(self) -> float:
         """No metric exceeds 1; a loss may be of any size."""
-        return np.inf if self.quantity == LOSS else 1.0
+        return np.inf if self.quantity in LOSSES else 1.0
 
     @property
     def depths(self) -> list[int]:
@@ -83,12 +90,24 @@ def finished(trials: Sequence[Trial]) -> list[Trial]:
 
 def value_of(trial: Trial, quantity: str) -> float | None:
     """Test metric or validation loss of a trial."""
+    if quantity == LOWEST_LOSS:
+        lowest = _lowest(trial)
+        return lowest.bits_per_item if lowest else None
     return trial.bits_per_item if quantity == LOSS else trial.metrics.get(quantity)
 
 
-def size_of(trial: Trial, size: str) -> float | None:
-    """Parameters by a counting convention, or training FLOPs."""
-    return trial.train_flops if size == COMPUTE else trial.num_parameters.get(size)
+def size_of(trial: Trial, size: str, quantity: str) -> float | None:
+    """Parameters by a counting convention, or training FLOPs up to where the quantity was taken."""
+    if size != COMPUTE:
+        return trial.num_parameters.get(size)
+    lowest = _lowest(trial) if quantity == LOWEST_LOSS else None
+    return lowest.flops if lowest else trial.train_flops
+
+
+def _lowest(trial: Trial) -> CurvePoint | None:
+    """The validation with the fewest bits an item; None where the curve has none."""
+    known = [point for point in trial.curve if point.bits_per_item is not None]
+    return min(known, key=lambda point: point.bits_per_item or 0.0, default=None)
 
 
 def points_of(trials: Sequence[Trial], arm: str, size: str, quantity: str) -> Points:
@@ -105,7 +124,7 @@ def points_of(trials: Sequence[Trial], arm: str, size: str, quantity: str) -> Po
     """
     rows: dict[tuple[int, int], tuple[float, float]] = {}
     for trial in finished(trials):
-        x, y = size_of(trial, size), value_of(trial, quantity)
+        x, y = size_of(trial, size, quantity), value_of(trial, quantity)
         if trial.arm != arm or x is None or y is None:
             continue
         if (trial.depth, trial.seed) in rows:
@@ -117,7 +136,7 @@ def points_of(trials: Sequence[Trial], arm: str, size: str, quantity: str) -> Po
                 fix="give differing systems different arms",
             )
         for what, number in ((size, x), (quantity, y)):
-            if not (np.isfinite(number) and (number > 0 or (number == 0 and what == quantity != LOSS))):
+            if not (np.isfinite(number) and (number > 0 or (number == 0 and what == quantity not in LOSSES))):
                 raise DataError(
                     "a trial's number cannot be put on a logarithmic axis",
                     where=f"{trial.name}: {what}",

@@ -23,7 +23,7 @@ from genrec_dist.studies.report import TEMPLATES, render
 from genrec_dist.studies.scaling import fit_figures, run_figures, tables
 from genrec_dist.studies.scaling.fits import NUM_RESAMPLES
 from genrec_dist.studies.scaling.plot import Plot
-from genrec_dist.studies.scaling.points import COMPUTE, LOSS
+from genrec_dist.studies.scaling.points import COMPUTE, LOSS, LOWEST_LOSS
 from genrec_dist.studies.scaling.study import MAIN_SIZE, ScalingStudy, study_of
 from genrec_dist.studies.scaling.trials import Trial
 
@@ -97,6 +97,7 @@ def _sections(study: ScalingStudy, facts: Mapping[str, str]) -> list[Section]:
             "Loss",
             [
                 fit_figures.loss_over_sizes(study, (MAIN_SIZE, COMPUTE), "loss"),
+                fit_figures.loss_over_sizes(study, (MAIN_SIZE, COMPUTE), "lowest-loss", LOWEST_LOSS),
                 fit_figures.excess_over_sizes(study),
                 fit_figures.loss_over_sizes(study, fit_figures.OTHER_SIZES, "loss-other-counts"),
             ],

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import to_hex
 
-from genrec_dist.studies.scaling.claims import by_seed, mean_with_interval, paired
+from genrec_dist.studies.scaling.claims import by_seed
 from genrec_dist.studies.scaling.fit_figures import title_of
 from genrec_dist.studies.scaling.plot import (
     SOFT,
@@ -25,7 +25,8 @@ from genrec_dist.studies.scaling.plot import (
     si,
     swatches,
 )
-from genrec_dist.studies.scaling.points import LOSS, QUANTITIES
+from genrec_dist.studies.scaling.points import LOSSES, QUANTITIES
+from genrec_dist.studies.scaling.seeds import difference, mean_at
 from genrec_dist.studies.scaling.study import ScalingStudy
 from genrec_dist.studies.scaling.trials import CurvePoint, Trial
 
@@ -35,10 +36,10 @@ CURVE_METRICS = ("ndcg@20", "ndcg@10", "recall@20", "recall@10")
 
 
 def by_depth(study: ScalingStudy) -> Plot | None:
-    """Metrics over depth, as PRORec's Figure 6 has them, and paired differences to the base depth."""
+    """Metrics over depth, as PRORec's Figure 6 has them, and differences to the base depth."""
     panels, rows = [], []
     for quantity in study.quantities():
-        if quantity == LOSS:
+        if quantity in LOSSES:
             continue
         traces, notes, changes = [], [], []
         drawn: list[float] = []
@@ -47,7 +48,7 @@ def by_depth(study: ScalingStudy) -> Plot | None:
             if not values:
                 continue
             depths = sorted(values)
-            found = [mean_with_interval(list(values[d].values())) for d in depths]
+            found = [mean_at(values, d) for d in depths]
             means = [f.mean for f in found]
             hover = [f"{arm}, {d} layers\n{_said(f)}" for d, f in zip(depths, found, strict=True)]
             edges = [f.interval or (f.mean, f.mean) for f in found]
@@ -60,7 +61,7 @@ def by_depth(study: ScalingStudy) -> Plot | None:
             drawn += means
             notes.append((arm, float(np.log10(depths[-1])), means[-1], colour(index)))
             for depth, value, edge in zip(depths, found, edges, strict=True):
-                change = paired(values, depth, BASE_DEPTH)
+                change = difference(values, depth, BASE_DEPTH)
                 rows.append(
                     {
                         "arm": arm, "quantity": quantity, "depth": depth, "mean": value.mean, "low": edge[0],
@@ -70,7 +71,7 @@ def by_depth(study: ScalingStudy) -> Plot | None:
                         "change_high": change.interval[1] if change and change.interval else None,
                     }
                 )  # fmt: skip
-                if change and depth != BASE_DEPTH:
+                if change:
                     changes.append((index, arm, depth, change))
         if not traces:
             continue
@@ -83,8 +84,9 @@ def by_depth(study: ScalingStudy) -> Plot | None:
     if not panels:
         return None
     caption = (
-        f"By depth: means over seeds with 95% t intervals. Change from {BASE_DEPTH} layers: paired by seed, with the "
-        "95% t interval of the pairs; one that covers zero decides nothing. A depth with one seed has no interval."
+        f"By depth: means over seeds with 95% t intervals. Change from {BASE_DEPTH} layers: of the same seeds, which "
+        "takes out what a seed adds at every depth, with 95% t intervals; one that covers zero decides nothing. The "
+        "noise of a run is pooled over the depths of its arm; with one seed there is no interval."
     )
     return Plot("by-depth", panels, caption, rows, swatches(study.arms))
 
@@ -126,7 +128,7 @@ def seed_spread(study: ScalingStudy) -> Plot | None:
     if not panels:
         return None
     caption = "Each mark is one run: its distance from the mean over the seeds of its depth, in percent of that mean."
-    return Plot("seed-spread", panels, caption, rows, swatches(study.arms), small=True)
+    return Plot("seed-spread", panels, caption, rows, swatches(study.arms), small=len(panels) == 3)
 
 
 def costs(study: ScalingStudy) -> Plot | None:
@@ -134,7 +136,7 @@ def costs(study: ScalingStudy) -> Plot | None:
     measures: list[tuple[str, str, Callable[[Trial], float | None], bool, dict[str, Any]]] = [
         ("Throughput", "tokens a second", lambda t: t.tokens_per_second, True, {}),
         ("Peak memory", "GiB", lambda t: t.peak_memory_bytes / 2**30 if t.peak_memory_bytes else None, False, {}),
-        ("MFU", "share of peak FLOP/s", lambda t: t.mfu, False, {"tickformat": ".0%"}),
+        ("MFU", "share of peak FLOP/s", lambda t: t.mfu, False, {"tickformat": ".2~%"}),
         ("Training compute", "FLOPs to the best checkpoint", lambda t: t.train_flops, True, {}),
     ]
     panels, rows = [], []
@@ -223,7 +225,7 @@ def learning_curves(study: ScalingStudy) -> Plot | None:
 
 
 def _change_panel(study: ScalingStudy, quantity: str, changes) -> Panel:
-    """Paired differences to the base depth."""
+    """Differences to the base depth."""
     traces = []
     for index, arm in enumerate(study.arms):
         own = [(depth, change) for i, _, depth, change in changes if i == index]

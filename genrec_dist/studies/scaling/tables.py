@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from genrec_dist.studies.blocks import NONE, Cell, Table, number, percent
 from genrec_dist.studies.scaling.fits import HELD_OUT_ABOVE, Interval
 from genrec_dist.studies.scaling.plot import scientific, si
-from genrec_dist.studies.scaling.points import COMPUTE, LOSS, QUANTITIES, SIZES
+from genrec_dist.studies.scaling.points import COMPUTE, LOSSES, QUANTITIES, SIZES, value_of
 from genrec_dist.studies.scaling.study import MAIN_SIZE, Case, ScalingStudy
 from genrec_dist.studies.scaling.trials import Trial
 
@@ -93,10 +93,10 @@ def claims(study: ScalingStudy) -> Table:
     """Figure 6 of PRORec, claim by claim."""
     rows = [[v.claim.text, v.judgement, v.sentence] for v in study.claims]
     caption = (
-        "Of depths: confirmed or contradicted where the 95% t interval of the difference, paired by seed, is on one "
-        "side of zero; undecided where it covers zero, or a depth or a second seed is missing. Of two systems: "
-        "confirmed where the interval of every depth is above zero, contradicted where one is below. No value was read "
-        "off the figure."
+        "Of depths: confirmed or contradicted where the 95% t interval of the difference over the same seeds, the "
+        "noise of a run pooled over the depths of its arm, is on one side of zero; undecided where it covers zero, or "
+        "a depth or a second seed is missing. Of two systems: confirmed where the interval of every depth is above "
+        "zero, contradicted where one is below. No value was read off the figure."
     )
     return Table(["claim of PRORec, Figure 6", "", "in these runs"], rows, caption, {0, 1, 2})
 
@@ -112,8 +112,7 @@ def runs(study: ScalingStudy) -> Table:
             str(trial.seed),
             *(si(trial.num_parameters.get(size)) for size in SIZES if size != COMPUTE),
             scientific(trial.train_flops),
-            number(trial.bits_per_item, 3),
-            *(number(trial.metrics.get(name)) for name in QUANTITIES if name != LOSS),
+            *(number(value_of(trial, name), 3 if name in LOSSES else 4) for name in QUANTITIES),
             si(trial.tokens_per_second),
             f"{trial.peak_memory_bytes / 2**30:.2f}" if trial.peak_memory_bytes else NONE,
             percent(trial.mfu),
@@ -128,9 +127,15 @@ def runs(study: ScalingStudy) -> Table:
         *(f"N, {s.replace('_', '-')}" for s in SIZES if s != COMPUTE),
         "FLOPs",
         "bits an item",
+        "lowest",
     ]
     head += ["NDCG@20", "Recall@20", "tokens/s", "GiB", "MFU"]
-    return Table(head, rows, "FLOPs: of training, up to the best checkpoint.", {0, 1})
+    return Table(
+        head,
+        rows,
+        "FLOPs: of training, up to the best checkpoint. Lowest: bits an item of the validation where they were fewest.",
+        {0, 1},
+    )
 
 
 def without_numbers(study: ScalingStudy) -> Table | None:
@@ -184,7 +189,8 @@ def choices(study: ScalingStudy, facts: Mapping[str, str]) -> Table:
         "Compute C": "FLOPs of the training up to the best checkpoint, as the trial gives them",
         "Seeds a depth": "; ".join(f"{arm}: {_range(counts)}" for arm, counts in seeds.items()),
         "Points": "every finished run, no means over seeds, none left out",
-        "Loss": "bits an item of the best checkpoint on the validation set; metrics are of the test set",
+        "Loss": "bits an item of the best checkpoint on the validation set; lowest loss: the least of the training's "
+        "validations, and the FLOPs up to it; metrics are of the test set",
         "Schedule": facts.get("schedule", NOT_STATED),
         "Data": facts.get("data", NOT_STATED),
         "Order of interactions": facts.get("order", NOT_STATED),
@@ -193,7 +199,8 @@ def choices(study: ScalingStudy, facts: Mapping[str, str]) -> Table:
         "Hardware": "; ".join(dict.fromkeys(t.hardware for t in done if t.hardware)) or NOT_STATED,
         "Commits": ", ".join(dict.fromkeys(t.commit[:10] for t in done if t.commit)) or NOT_STATED,
         "Fit": "sum of Huber losses of log residuals, δ = 0.001; exhaustive search over the exponent",
-        "Intervals": "95%, percentiles of a smoothed bootstrap of the runs' residuals; differences: t, paired by seed",
+        "Intervals": "95%, percentiles of a smoothed bootstrap of the runs' residuals; of means over seeds and "
+        "of differences: t, the noise of a run pooled over the depths of its arm",
         "Extrapolation test": f"fitted on at most {HELD_OUT_ABOVE} layers, asked for the deeper runs",
     }
     known = {"schedule", "data", "order", "early stopping", "tuning"}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from genrec_dist.studies.scaling.curves import LARGEST_EXPONENT, CurveName
+from genrec_dist.studies.scaling.curves import LARGEST_EXPONENT, SMALLEST_EXPONENT, CurveName
 from genrec_dist.studies.scaling.fits import Fit
 from genrec_dist.studies.scaling.points import COMPUTE, Points
 
 MIN_DEPTHS, MIN_DECADES = 5, 1.0
+AT_ZERO = 1.02 * SMALLEST_EXPONENT
+"""Below it an exponent is one that the search stopped at, with nothing between it and zero."""
 RIVALS: dict[CurveName, str] = {
     "constant": "a constant",
     "saturating": "a curve that saturates",
@@ -56,6 +58,11 @@ def judge_power_law(points: Points, fit: Fit | None) -> Verdict:
     low, high = fit.power.alpha_interval
     if low <= 0 <= high:
         against.append(f"the 95% interval of α, {low:.2f} to {high:.2f}, crosses zero")
+    elif 0 < low < AT_ZERO:
+        against.append(
+            f"the 95% interval of α reaches from the smallest exponent that is searched, {SMALLEST_EXPONENT:g}, to "
+            f"{high:.2f}: it is not told from zero"
+        )
     elif high < 0:
         against.append(f"α is negative ({low:.2f} to {high:.2f}): larger models do worse")
     if abs(fit.power.alpha) > 0.98 * LARGEST_EXPONENT:

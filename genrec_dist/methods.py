@@ -25,7 +25,7 @@ def prorec(config: Config, catalog: Stage) -> list[Stage]:
     semantic = semantic_stage(config, catalog)
     fusion = fusion_stage(config, catalog, semantic)
     identifiers = identifier_stage(config, {"fusion": fusion})
-    generator = generator_stage(config, catalog, fusion, identifiers)
+    generator = generator_stage(config, catalog, semantic, fusion, identifiers)
     inputs = {"catalog": catalog, "fusion": fusion, "identifiers": identifiers, "generator": generator}
     return [semantic, fusion, identifiers, generator, evaluation_stage(config, "generator", inputs, "evaluation")]
 

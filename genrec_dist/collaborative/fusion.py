@@ -202,10 +202,18 @@ class FusionModel(nn.Module):
 
     @torch.no_grad()
     def score_catalog(
-        self, history: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None = None
+        self,
+        history: torch.Tensor,
+        mask: torch.Tensor,
+        times: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Scores of all items for each history, (B, num_items)."""
-        _, _, table = self.items()
+        """Scores of all items for each history, (B, num_items).
+
+        Args:
+            table: what the sequence model reads of all items, the last of `items()`, where it is there already.
+        """
+        table = self.items()[2] if table is None else table
         beside = self.beside(times)
         if isinstance(self.backbone, Din):
             return self.backbone.scores(table, history, mask, table, beside)

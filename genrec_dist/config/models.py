@@ -54,6 +54,14 @@ class GeneratorConfig(Section):
     node_embedding_rate: float = Field(
         1.0, ge=0, description="the same of the node embeddings that the Stage I table starts (head child)"
     )
+    teacher_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share that Stage I's probabilities of all items have in the labels of codes and token, beside the "
+        "true item; 0: none",
+    )
+    teacher_temperature: float = Field(1.0, gt=0, description="divides Stage I's logits")
     depth_buckets: bool = Field(
         False,
         description="with optim.length_buckets and head child: batches of targets of like code length first, and of "

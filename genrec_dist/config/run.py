@@ -95,6 +95,19 @@ class Config(Section):
             raise ValueError("references: stage_one is the model of method prorec, not with runtime.shard_tables")
         return self
 
+    @model_validator(mode="after")
+    def _teacher(self) -> Config:
+        if self.method != "prorec" or not self.generator.teacher_weight:
+            return self
+        if self.fusion.mode == "semantic" or self.runtime.shard_tables:
+            raise ValueError("generator.teacher_weight needs Stage I's model: not fusion.mode=semantic or shard_tables")
+        if self.generator.max_history > self.fusion.max_history:
+            raise ValueError(
+                f"generator.teacher_weight: Stage I reads histories of {self.fusion.max_history} items "
+                f"(fusion.max_history), generator.max_history is {self.generator.max_history}"
+            )
+        return self
+
     @property
     def active_references(self) -> list[Reference]:
         """References of the run; none beside a method that recommends nothing, Stage I only where it has a model."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from genrec_dist.collaborative.losses import scale_of
 from genrec_dist.generator.child_logits import child_logits
+from genrec_dist.generator.soft_codes import SoftCodes
 from genrec_dist.identifiers.trie import Trie
 
 TABLE_SHARE = 4
@@ -208,8 +209,8 @@ def _level_logits(
     path_BL: torch.Tensor,
     depth_B: torch.Tensor,
     table: torch.Tensor | None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits and labels of the rows, level by level; the label is -100 past an item's depth."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Nodes, logits of what follows them and labels, level by level; the label is -100 past an item's depth."""
     for level in range(path_BL.shape[1]):
         node = path_BL[:, level]
         parent = trie.parent[node] if level else torch.zeros_like(node)
@@ -220,7 +221,7 @@ def _level_logits(
         here = depth_B > level
         label = label.where(here, torch.full_like(label, -100))
         # A row without children here would give -inf - (-inf): its logits are replaced, its label ignored.
-        yield logits.masked_fill(~here[:, None], 0.0), label
+        yield parent, logits.masked_fill(~here[:, None], 0.0), label
 
 
 def code_losses(
@@ -231,6 +232,7 @@ def code_losses(
     depth_B: torch.Tensor,
     smoothing: float,
     table: torch.Tensor | None = None,
+    soft: SoftCodes | None = None,
 ) -> list[torch.Tensor]:
     """Cross-entropy of the codes of each level, summed over rows; levels past an item's depth do not count.
 
@@ -242,12 +244,16 @@ def code_losses(
         depth_B: code length of each item.
         smoothing: share of the label that goes to all classes alike.
         table: of a child head, `ChildHead.table`.
+        soft: a teacher's codes, labels beside the true ones.
 
     Returns:
         One float32 scalar a level.
     """
-    levels = _level_logits(head, trie, hidden_BLD, path_BL, depth_B, table)
-    return [_cross_entropy(logits, label, smoothing) for logits, label in levels]
+    losses, by_code = [], isinstance(head, PerLevelHead)
+    for level, (node, logits, label) in enumerate(_level_logits(head, trie, hidden_BLD, path_BL, depth_B, table)):
+        loss = _cross_entropy(logits, label, smoothing)
+        losses.append(loss if soft is None else soft.mixed(loss, logits, node, label, level, by_code))
+    return losses
 
 
 def item_nats(
@@ -263,7 +269,8 @@ def item_nats(
     """
     table = head.table(len(path_BL)) if isinstance(head, ChildHead) else None
     levels = _level_logits(head, trie, hidden_BLD, path_BL, depth_B, table)
-    return torch.stack([F.cross_entropy(*level, ignore_index=-100, reduction="none") for level in levels]).sum(0)
+    nats = [F.cross_entropy(logits, label, ignore_index=-100, reduction="none") for _, logits, label in levels]
+    return torch.stack(nats).sum(0)
 
 
 def _cross_entropy(logits: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ Source: PRORec section 3.4, equations 6 to 8.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
@@ -35,6 +36,7 @@ from genrec_dist.generator.heads import (
     item_nats,
     node_means,
 )
+from genrec_dist.generator.soft_codes import SoftCodes, soft_cross_entropy
 from genrec_dist.generator.transformer import (
     AddNorm,
     DecoderLayer,
@@ -45,8 +47,10 @@ from genrec_dist.generator.transformer import (
 from genrec_dist.identifiers.trie import Trie
 
 Memory = tuple[list[KeyValue], torch.Tensor]
+Teacher = Callable[..., torch.Tensor]
+"""History, mask and, if it reads them, times (B, S) -> probability of every item (B, N) float32."""
 CATALOG_LOGITS = 1 << 28
-"""Logits of the distillation token over the catalog that are made at once, at most."""
+"""Numbers over the catalog that a batch has at once, at most: the token's logits, a teacher's probabilities."""
 
 
 class Generator(nn.Module):
@@ -113,6 +117,8 @@ class Generator(nn.Module):
         else:
             self.head = PerLevelHead(self.trie, dim)
             self.head.apply(init_weights)
+        self.teacher: Teacher | None = None
+        """Gives labels beside the true ones, in training; set from outside, no part of the model."""
         if config.distill_weight:
             self.dis = nn.Parameter(torch.randn(dim) * 0.02)
             self.dis_out = nn.Linear(dim, width)
@@ -306,23 +312,34 @@ class Generator(nn.Module):
             x_BTD = torch.where(place[..., None], self.dis_token().to(x_BTD.dtype), x_BTD)
         hidden = self._decoded(x_BTD, source_BSD, mask)
         bos = inputs[0].shape[1] - 1
-        by_level = code_losses(self.head, self.trie, hidden[:, bos:], path_BL, depth_B, config.label_smoothing, table)
+        taught_BN = self.teacher(*history_of(batch)) if self.teacher else None
+        soft = None if taught_BN is None else SoftCodes(self.trie, taught_BN, config.teacher_weight)
+        smoothing = config.label_smoothing
+        by_level = code_losses(self.head, self.trie, hidden[:, bos:], path_BL, depth_B, smoothing, table, soft)
         loss_gen = torch.stack(by_level).sum() / batch["count"]
         losses = {"loss": loss_gen, "loss_gen": loss_gen}
         if config.distill_weight:
             at = depth_B + 1 if at_end else torch.zeros_like(depth_B)
             query = self.distilled(hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0])
-            losses["loss_distill"] = self._distill_loss(query, target, batch) / batch["count"]
+            losses["loss_distill"] = self._distill_loss(query, target, batch, taught_BN) / batch["count"]
             losses["loss"] = loss_gen + config.distill_weight * losses["loss_distill"]
         return losses
 
-    def _distill_loss(self, query: torch.Tensor, target: torch.Tensor, batch: dict) -> torch.Tensor:
-        """Equation 7, summed: contrast with the target's integrated embedding."""
+    def _distill_loss(
+        self, query: torch.Tensor, target: torch.Tensor, batch: dict, taught_BN: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Equation 7, summed: contrast with the target's integrated embedding; and what a teacher says of the catalog,
+        where all of it is scored."""
         kind = self.config.distill_similarity
         scale = scale_of(kind, self.config.distill_temperature)
         if "distill_negatives" not in batch:
             if query.shape[0] * len(self.integrated) <= CATALOG_LOGITS:
-                return F.cross_entropy(self.dense_logits(query), target, reduction="sum")
+                logits = self.dense_logits(query)
+                hard = F.cross_entropy(logits, target, reduction="sum")
+                if taught_BN is None:
+                    return hard
+                weight = self.config.teacher_weight
+                return (1 - weight) * hard + weight * soft_cross_entropy(logits, taught_BN)
             query = at_least_float32(query)
             return blocked_softmax(
                 F.normalize(query, dim=-1) if kind == "cosine" else query, self.integrated, target, scale

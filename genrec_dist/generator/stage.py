@@ -5,6 +5,7 @@ Writes model.safetensors (best on validation NDCG@10), curves.jsonl and summary.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,16 @@ import torch
 from genrec_dist.artifacts.files import write_json
 from genrec_dist.artifacts.reader import read_embeddings
 from genrec_dist.catalog.dataset import Catalog, Sequences
-from genrec_dist.config import Config, GeneratorConfig
+from genrec_dist.collaborative.stage import load_fusion
+from genrec_dist.config import Config, FusionConfig, GeneratorConfig
+from genrec_dist.errors import ConfigError
 from genrec_dist.evaluation.generative import list_ranks
 from genrec_dist.evaluation.likelihood import code_bits
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.generator.heads import DeviceTrie
-from genrec_dist.generator.model import Generator
+from genrec_dist.generator.model import CATALOG_LOGITS, Generator
 from genrec_dist.generator.parameters import count_parameters, load_parameters
+from genrec_dist.generator.teacher import Teacher
 from genrec_dist.identifiers.trie import Trie
 from genrec_dist.pipeline import Stage, StageContext
 from genrec_dist.studies.sizes import CodebookSize, decoder_layer_flops, generator_size
@@ -34,8 +38,8 @@ LENGTH_PARTS, PART_SAMPLES = 4, 64
 """Parts of like length of a batch on a CPU, at most, and samples of a part, at least."""
 
 
-def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: Stage) -> Stage:
-    """Stage that trains the generator."""
+def generator_stage(config: Config, catalog: Stage, semantic: Stage, fusion: Stage, identifiers: Stage) -> Stage:
+    """Stage that trains the generator; with a teacher it reads Stage I's model, and the text that belongs to it."""
     evaluation = config.evaluation
     settings = {
         "generator": config.generator.model_dump(mode="json"),
@@ -46,6 +50,9 @@ def generator_stage(config: Config, catalog: Stage, fusion: Stage, identifiers: 
         "mix_weight": evaluation.mix_weight,
     }
     inputs = {"catalog": catalog, "fusion": fusion, "identifiers": identifiers}
+    if config.generator.teacher_weight:
+        settings["fusion"] = config.fusion.model_dump(mode="json")
+        inputs["semantic"] = semantic
     return Stage("generator", 3, settings, inputs, lambda context: launch(train_generator, context, settings))
 
 
@@ -62,8 +69,11 @@ def load_model(config: GeneratorConfig, fusion: Path, identifiers: Path, generat
 class GeneratorTask:
     """Model, data order and validation of Stage II."""
 
-    def __init__(self, model: Generator, sequences: Sequences, worker: Worker, settings: dict) -> None:
+    def __init__(
+        self, model: Generator, sequences: Sequences, worker: Worker, settings: dict, teacher: Teacher | None = None
+    ) -> None:
         config = model.config
+        model.teacher = teacher
         self.model, self.config, self.settings = model, config, settings
         self.batches = PrefixBatches.build(
             sequences,
@@ -73,7 +83,7 @@ class GeneratorTask:
             config.optim.length_buckets,
             worker.device,
             model.trie.depth.cpu().numpy() if config.depth_buckets else None,
-            times=model.reads_times,
+            times=model.reads_times or (teacher is not None and teacher.reads_times),
         )
         self.order = self.batches.order
         self._costs = step_costs(model)
@@ -169,6 +179,23 @@ def mean_codebook(trie: DeviceTrie) -> CodebookSize:
     return CodebookSize(trie.num_nodes, float(depth.float().mean()), trie.num_codes, tuple(widths), "means")
 
 
+def _teacher(config: GeneratorConfig, context: StageContext, settings: dict, worker: Worker) -> Teacher | None:
+    if not config.teacher_weight:
+        return None
+    text = read_embeddings(context.inputs["semantic"])
+    numbers = math.ceil(config.optim.batch_size / worker.world_size) * len(text)
+    if numbers > CATALOG_LOGITS:
+        raise ConfigError(
+            "Stage I's probabilities of the whole catalog are too many for a batch",
+            where="generator.teacher_weight",
+            got=f"{numbers:,} a worker",
+            expected=f"at most {CATALOG_LOGITS:,}",
+            fix="lower generator.optim.batch_size, or set generator.teacher_weight=0",
+        )
+    model = load_fusion(FusionConfig.model_validate(settings["fusion"]), text, context.inputs["fusion"])
+    return Teacher(model.to(worker.device), config.teacher_temperature)
+
+
 def train_generator(worker: Worker, context: StageContext, settings: dict) -> None:
     """Worker function: train the generator."""
     config = GeneratorConfig.model_validate(settings["generator"])
@@ -176,7 +203,7 @@ def train_generator(worker: Worker, context: StageContext, settings: dict) -> No
     torch.manual_seed(settings["seed"])
     span = sequences.span if config.time_bumps else (0, 1)
     model = build_model(config, context.inputs["fusion"], context.inputs["identifiers"], span).to(worker.device)
-    task = GeneratorTask(model, sequences, worker, settings)
+    task = GeneratorTask(model, sequences, worker, settings, _teacher(config, context, settings, worker))
     sizes = count_parameters(model)
     engine = make_engine(model, config.optim, worker, context.runtime)
     summary = train(task, engine, config.optim, worker, context, seed=settings["seed"])

@@ -54,7 +54,7 @@ def _tokenizers(method: str) -> tuple[Variant, ...]:
     )
 
 
-NO_TOKEN = "generator.distill_weight=0"
+NO_DISTILLATION = ("generator.distill_weight=0", "generator.teacher_weight=0")
 CONCAT = ("method=prorec", "fusion.mode=concat_pca")
 JOINT = ("method=prorec", "fusion.mode=joint")
 ENCODERS = {"llama2-7b": "Llama2-7b", "sentence-t5": "Sentence-T5", "bert": "BERT", "minilm": "MiniLM"}
@@ -75,9 +75,11 @@ STUDIES = {
         "PRORec with one modality, or both concatenated (Table 5)",
         "prorec",
         (
-            Variant("semantic", "Semantic only", ("method=prorec", "fusion.mode=semantic", NO_TOKEN)),
-            Variant("collaborative", "Collaborative only", ("method=prorec", "fusion.mode=collaborative", NO_TOKEN)),
-            Variant("concat", "Concat", (*CONCAT, NO_TOKEN)),
+            Variant("semantic", "Semantic only", ("method=prorec", "fusion.mode=semantic", *NO_DISTILLATION)),
+            Variant(
+                "collaborative", "Collaborative only", ("method=prorec", "fusion.mode=collaborative", *NO_DISTILLATION)
+            ),
+            Variant("concat", "Concat", (*CONCAT, *NO_DISTILLATION)),
             Variant("ours", "PRORec", JOINT),
         ),
         modalities,
@@ -86,8 +88,8 @@ STUDIES = {
         "PRORec without its tasks (Table 6)",
         "prorec",
         (
-            Variant("neither", "Neither task", (*CONCAT, NO_TOKEN)),
-            Variant("alignment", "Alignment", (*JOINT, NO_TOKEN)),
+            Variant("neither", "Neither task", (*CONCAT, *NO_DISTILLATION)),
+            Variant("alignment", "Alignment", (*JOINT, *NO_DISTILLATION)),
             Variant("both", "Alignment and distillation", JOINT),
             Variant("distillation", "Distillation alone", CONCAT),
         ),

@@ -10,10 +10,12 @@ import torch
 
 from genrec_dist.baselines.hstu_stage import HstuTask
 from genrec_dist.baselines.sasrec import SasrecTask
+from genrec_dist.collaborative.fusion import FusionModel
 from genrec_dist.collaborative.stage import FusionTask
 from genrec_dist.config import DeepspeedConfig, FusionConfig, HstuConfig, RuntimeConfig, SasrecConfig
 from genrec_dist.generator.gpt_stage import GptTask
 from genrec_dist.generator.stage import GeneratorTask
+from genrec_dist.generator.teacher import Teacher
 from genrec_dist.testing.tiny import (
     tiny_embeddings,
     tiny_generator,
@@ -59,6 +61,19 @@ def generator_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTa
     return GeneratorTask(model, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, settings)
 
 
+def taught_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTask:
+    """Generator over 12 users that learns from a Stage I which reads times, as itself does not."""
+    section = FusionConfig(backbone="sasrec", dim=6, num_heads=2, max_history=6, time_bumps=4)
+    torch.manual_seed(3)
+    stage_one = FusionModel(section, torch.from_numpy(tiny_embeddings(NUM_ITEMS))).to(worker.device)
+    model = tiny_generator(
+        tiny_trie(NUM_ITEMS, 4, seed=1), spread=0.2, dropout=dropout, teacher_weight=0.6, optim=tiny_optim(**optim)
+    ).to(worker.device)
+    settings = {"seed": 0, "validation_beam": 10, "validation_users": 0, "mix_weight": 0.0}
+    sequences = tiny_sequences(12, NUM_ITEMS, shortest=4)
+    return GeneratorTask(model, sequences, worker, settings, Teacher(stage_one))
+
+
 def gpt_task(worker: Worker, dropout: float = 0.0, **optim) -> GptTask:
     """Decoder-only generator over 12 users, child head, a tree of uneven depth."""
     trie = tiny_trie(NUM_ITEMS, 4, seed=1)
@@ -78,6 +93,7 @@ def fusion_task(worker: Worker, backbone: Literal["din", "sasrec"], dropout: flo
 
 TASKS: dict[str, Callable[..., Any]] = {"sasrec": sasrec_task, "generator": generator_task}
 CAPTURED = TASKS | {
+    "taught": taught_task,
     "hstu": hstu_task,
     "gpt": gpt_task,
     "fusion_din": partial(fusion_task, backbone="din"),

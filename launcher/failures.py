@@ -71,9 +71,11 @@ def explain(error: BaseException, received: signal.Signals | None = None) -> Fai
 
 def _is_resource(error: BaseException, module: str, name: str) -> bool:
     lost_by_ray = module == "ray.exceptions" and not name.startswith("RayTaskError")
+    # A GPU that is full may also say so as torch.AcceleratorError, or as a RuntimeError of Triton.
+    full_gpu = isinstance(error, RuntimeError) and "out of memory" in str(error)
     out_of_memory = isinstance(error, MemoryError) or (module.startswith("torch") and name == "OutOfMemoryError")
     disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return lost_by_ray or out_of_memory or disk_full
+    return lost_by_ray or out_of_memory or full_gpu or disk_full
 
 
 def _short(text: str, limit: int = 600) -> str:

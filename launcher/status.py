@@ -22,6 +22,7 @@ END_STATES = {
     "run_failed": "failed",
     "preempted": "interrupted",
     "interrupted": "interrupted",
+    "run_restarted": "interrupted",
 }
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 

@@ -164,9 +164,12 @@ def needs_of(sweep: Sweep, sizes: list[TrialSize], machines: list[Machine], para
     Raises:
         ClusterError: the largest trial fits nowhere.
     """
-    estimates = {size.trial.name: size.memory for size in sizes}
-    refuse_too_large(estimates, wants_gpu(sweep.config, machines), machines)
-    needs = {t.name: need_of(t.config, estimates[t.name], machines, parallel) for t in sweep.plan.trials}
+    trainings = {size.trial.name: size.memory(False) for size in sizes}  # a batch of a validation is cut until it fits
+    refuse_too_large(trainings, wants_gpu(sweep.config, machines), machines)
+    needs = {}
+    for size in sizes:
+        config = size.trial.config
+        needs[size.trial.name] = need_of(config, size.memory(wants_gpu(config, machines)), machines, parallel)
     return needs | {u.name: shared_need(u.config, machines[0]) for u in sweep.plan.units if u.shared}
 
 

@@ -54,10 +54,11 @@ def show_sweep(
     for size in sizes:
         table.add_row(*map(escape, _row(sweep, size, needs[size.trial.name], times.get(size.trial.name))))
     show_whole(table, console)
-    _show_totals(sizes, times, console)
+    on_gpu = wants_gpu(sweep.config, machines)
+    _show_totals(sizes, times, on_gpu, console)
     notes = {note: None for size in sizes for note in size.notes}
-    if wants_gpu(sweep.config, machines):
-        notes["memory is of a GPU: estimates and the context of a process decide the share that a trial takes"] = None
+    if on_gpu:
+        notes["memory is of a GPU, training and validation; with the context of a process it decides the share"] = None
     for note in notes:
         console.print(f"note: {escape(note)}", style="dim", soft_wrap=True)
 
@@ -87,18 +88,19 @@ def _row(sweep: Sweep, size: TrialSize, need: Need, seconds: float | None) -> li
     if size.loop is None:
         return [*cells, *[""] * 7]
     cells += [f"{size.parameters[name]:,}" for name in ("total", "non_embedding", "layers")]
-    cells += [scaled(size.flops, "FLOP"), bytes_text(size.memory or 0.0), f"{need.gpu:.2f}" if need.gpu else ""]
+    memory = bytes_text(size.memory(need.gpu > 0) or 0.0)
+    cells += [scaled(size.flops, "FLOP"), memory, f"{need.gpu:.2f}" if need.gpu else ""]
     cells += [str(need.cores), f"{size.loop.batches.total_steps:,}", duration(seconds) if seconds is not None else ""]
     return cells
 
 
-def _show_totals(sizes: list[TrialSize], times: dict[str, float], console: Console) -> None:
+def _show_totals(sizes: list[TrialSize], times: dict[str, float], on_gpu: bool, console: Console) -> None:
     if all(size.loop is None for size in sizes):
         return
+    largest = max(size.memory(on_gpu) or 0.0 for size in sizes)
     console.print(
         f"\nFLOPs in all: {scaled(sum(size.flops for size in sizes), 'FLOP')}; largest: "
-        f"{max(size.memory or 0.0 for size in sizes) / GIB:.2f} GiB a worker; all epochs counted, early stopping "
-        "mostly ends a training before",
+        f"{largest / GIB:.2f} GiB a worker; all epochs counted, early stopping mostly ends a training before",
         soft_wrap=True,
     )
     if times:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,13 @@ class Pool(Protocol):
 
     def ended(self) -> list[tuple[Unit, int | None]]:
         """Units that have ended since the last call, with exit codes; negative: a signal; None: lost with its node."""
+
+    def grow(self, unit: Unit) -> float:
+        """Give a unit twice its share of a GPU, up to a whole one, for its next start.
+
+        Returns:
+            The new share; 0 where it had no GPU, or its GPUs to itself.
+        """
 
     def tell(self, number: signal.Signals) -> None:
         """Send every unit a signal."""
@@ -111,6 +118,9 @@ class LocalPool:
             del self._children[child.unit.name]
         return [(child.unit, child.process.returncode) for child in done]
 
+    def grow(self, unit: Unit) -> float:
+        return grow(self.needs, unit)
+
     def tell(self, number: signal.Signals) -> None:
         for child in self._children.values():
             child.process.send_signal(number)
@@ -128,6 +138,15 @@ class LocalPool:
                 used[gpu] += child.need.gpu
         free = sorted((load, i) for i, load in enumerate(used) if load + need.gpu <= FULL)
         return tuple(sorted(i for _, i in free[: need.workers])) if len(free) >= need.workers else None
+
+
+def grow(needs: dict[str, Need], unit: Unit) -> float:
+    """See `Pool.grow`; changes `needs`."""
+    need = needs[unit.name]
+    if not 0 < need.gpu < 1:
+        return 0.0
+    needs[unit.name] = replace(need, gpu=min(1.0, 2 * need.gpu))
+    return needs[unit.name].gpu
 
 
 def end_group(process: subprocess.Popen) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from genrec_dist.errors import EXIT_BUG
 from genrec_dist.studies.scaling.plan import Unit
 from launcher.sweep_machine import Machine, Need, this_machine
-from launcher.sweep_pool import LocalPool, end_group
+from launcher.sweep_pool import LocalPool, end_group, grow
 
 POLL_SECONDS = 0.3
 INVENTORY_SECONDS = 60.0
@@ -103,6 +103,9 @@ class RayPool:
             return EXIT_BUG
         except RayError:  # its worker or node is gone
             return None
+
+    def grow(self, unit: Unit) -> float:
+        return grow(self.needs, unit)
 
     def tell(self, number: signal.Signals) -> None:
         self.stop_file.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from genrec_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from genrec_dist.errors import EXIT_CLUSTER, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from genrec_dist.runs import RunFolder
 from genrec_dist.studies.scaling.leases import Leases
 from genrec_dist.studies.scaling.plan import Unit
@@ -21,7 +21,7 @@ from genrec_dist.studies.scaling.sweep_folder import SweepFolder
 from launcher.failures import Failure, Stopped, explain
 from launcher.screen import duration
 from launcher.sweep_pool import Pool
-from launcher.sweep_state import FAILED, failure_of, has_artifacts, is_complete, last_end, note_failure
+from launcher.sweep_state import FAILED, failure_of, has_artifacts, is_complete, last_end, note_failure, note_restart
 
 POLL_SECONDS = 0.2
 LEAVE_SECONDS = 30.0
@@ -181,12 +181,13 @@ class Scheduler:
             if self._is_done(unit):
                 self._finish(unit)
                 continue
-            again = self._may_restart(unit, code)
+            again = self._again(unit, code)
             if again:  # whatever it still wrote is no end that another call came to
+                note_restart(self._run(unit), code, again)
                 self._ends[unit.name] = last_end(self._run(unit))
             self.leases.release(unit.name)
             if again:
-                self.say(f"{unit.name}: {_how(code)}, started again from its last checkpoint")
+                self.say(f"{unit.name}: {again}")
                 waiting.insert(0, unit)
             else:
                 self._fail(unit, code)
@@ -197,22 +198,34 @@ class Scheduler:
         begun = self._started.get(unit.name)
         self.say(f"{unit.name}: finished" + (f" in {duration(time.monotonic() - begun)}" if begun else ""))
 
-    def _may_restart(self, unit: Unit, code: int | None) -> bool:
-        """A killed child is a failure, one that was told to stop or lost its node is not; each has its budget."""
-        runtime = unit.config.runtime
+    def _again(self, unit: Unit, code: int | None) -> str | None:
+        """Why and how a unit that ended so starts again; None: it has failed.
+
+        A killed child is a failure, one that was told to stop or lost its node is not; each has its budget. One that
+        ran out of memory on a GPU that it shared gets more of one, and is a failure once it has had it to itself.
+        """
+        runtime, again = unit.config.runtime, "started again from its last checkpoint"
+        if code == EXIT_CLUSTER:
+            said = self._failure(unit)
+            share = self.pool.grow(unit) if said is None or "out of memory" in said["error"] else 0.0
+            return f"out of memory on a GPU that it shared, {again} with {share:.2f} of one" if share else None
         if code is None or code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
             kind, budget = "preempted", runtime.max_preemptions
         elif code < 0:
             kind, budget = "killed", runtime.max_failures
         else:
-            return False
+            return None
         self._restarts[unit.name, kind] += 1
-        return self._restarts[unit.name, kind] <= budget
+        return f"{_how(code)}, {again}" if self._restarts[unit.name, kind] <= budget else None
+
+    def _failure(self, unit: Unit) -> dict | None:
+        """The failure that the unit's latest attempt recorded itself."""
+        end = last_end(self._run(unit))
+        return end if end is not None and end["event"] == FAILED and end != self._ends[unit.name] else None
 
     def _fail(self, unit: Unit, code: int | None) -> None:
         run = self._run(unit)
-        end = last_end(run)
-        if end is None or end["event"] != FAILED or end == self._ends[unit.name]:  # the child said nothing
+        if self._failure(unit) is None:
             log = self.folder.path / "logs" / f"{unit.name}.log"
             note_failure(run, code if code is not None else 1, f"{_how(code)}; see {log}")
         why = failure_of(run, self.keys[unit.name]) or _how(code)

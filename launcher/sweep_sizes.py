@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from genrec_dist.config import Config
+from genrec_dist.evaluation.dense import HELD
+from genrec_dist.evaluation.generative import users_of_search
 from genrec_dist.studies.scaling.counts import planned_parameters
 from genrec_dist.studies.scaling.ladder import DEPTH_KEYS
 from genrec_dist.studies.scaling.plan import Plan, PlannedTrial
-from genrec_dist.studies.sizes import CodebookSize, Counts
+from genrec_dist.studies.sizes import FLOAT, CodebookSize, Counts, search_memory
 from launcher.dryrun import Loop, catalog_counts, integrated_width, section_loop
 from launcher.run import is_finished
+
+SCORES = 4
+"""Copies of a batch of scores in a validation: themselves, logits, log-probabilities, those of the batch before."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,13 @@ class TrialSize:
         assert self.loop is not None
         return planned_parameters(self.trial.config, self.section, self.loop.size, self.codebook)
 
-    @property
-    def memory(self) -> float | None:
-        """Bytes a worker."""
-        return sum(self.loop.memory.values()) if self.loop else None
+    def memory(self, on_gpu: bool) -> float | None:
+        """Bytes a worker: of the training, and of the validation too where both stay reserved, on a GPU."""
+        if self.loop is None or self.counts is None:
+            return None
+        if on_gpu:
+            return gpu_memory(self.trial.config, self.section, self.loop, self.counts, self.codebook)
+        return sum(self.loop.memory.values())
 
     @property
     def flops(self) -> float:
@@ -51,6 +60,32 @@ class TrialSize:
         return (
             self.loop.size.training_flops * self.loop.batches.samples * self.loop.batches.epochs if self.loop else 0.0
         )
+
+
+def gpu_memory(config: Config, section: str, loop: Loop, counts: Counts, codebook: CodebookSize | None) -> float:
+    """Bytes that a worker needs of a GPU, the process's own and the allocator's slack left out.
+
+    Captured graphs of the training keep their activations while a validation has its own memory. Evaluation comes when
+    the training's is gone.
+
+    Args:
+        config: resolved.
+        section: of the trained model.
+        loop: its sizes.
+        counts, codebook: what they follow from.
+    """
+    training = sum(loop.memory.values()) + FLOAT * loop.size.padded_values * loop.batches.per_worker
+    evaluation = config.evaluation
+    if codebook is None:
+        return training + SCORES * FLOAT * min(HELD, counts.num_users * counts.num_items)
+    model = config.generator if section == "generator" else config.gpt
+    searches = (
+        (users_of_search(evaluation.validation_beam, "cuda"), evaluation.validation_beam),
+        (config.runtime.eval_batch_size, evaluation.beam_width),
+    )
+    return training + max(
+        search_memory(model, codebook, min(users, counts.num_users), width) for users, width in searches
+    )
 
 
 def size_trials(plan: Plan, store: Path) -> list[TrialSize]:

@@ -50,3 +50,8 @@ def last_end(run: RunFolder) -> dict | None:
 def note_failure(run: RunFolder, code: int, text: str) -> None:
     """Record the end of a child that could not do so itself."""
     run.event(FAILED, exit_code=code, type="ChildDied", error=text)
+
+
+def note_restart(run: RunFolder, code: int | None, text: str) -> None:
+    """Record that the end of an attempt is not the unit's: whatever the child wrote, it has not failed."""
+    run.event("run_restarted", exit_code=code, error=text)

@@ -22,6 +22,11 @@ BEAMS = 1 << 15
 """Beams of a batch on a GPU: with fewer, starting kernels takes most of the time."""
 
 
+def users_of_search(width: int, device: str) -> int:
+    """Users of a batch of a validation, by its beam width and the type of the device."""
+    return max(BATCH_USERS, BEAMS // width if device == "cuda" else 0)
+
+
 def rank_in_list(items_BW: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
     """Place of the target in each list, 1 = first, 0 = not in it; (B,) int64."""
     hit = items_BW == target_B[:, None]
@@ -52,7 +57,7 @@ def list_ranks(
         batch_size: users at once; 0: what the device likes.
     """
     count = min(limit or len(samples), len(samples))
-    batch_size = batch_size or max(BATCH_USERS, BEAMS // width if worker.device.type == "cuda" else 0)
+    batch_size = batch_size or users_of_search(width, worker.device.type)
     ranks = torch.zeros(count, dtype=torch.int64, device=worker.device)
     tables = SearchTables(model)
 

@@ -119,12 +119,14 @@ class ModelSize:
         constants: values held without gradient, by group.
         forward_flops: FLOPs of the forward pass of one sample.
         activation_values: values kept for the backward pass of one sample.
+        padded_values: of these, what places of padding add on a GPU, whose loss is computed there, too.
     """
 
     parameters: dict[str, int]
     constants: dict[str, int] = field(default_factory=dict)
     forward_flops: float = 0.0
     activation_values: float = 0.0
+    padded_values: float = 0.0
 
     @property
     def num_parameters(self) -> int:
@@ -258,8 +260,14 @@ def gpt_size(config: GptConfig, codebook: CodebookSize, width: int, mean_targets
     flops = config.num_layers * encoder_layer_flops(dim, multiplier, places * depth)
     flops += items * (2.0 * depth * dim * width + 2.0 * width * scored if child else 2.0 * depth * dim * codes)
     values = config.num_layers * _layer_values(dim, multiplier, config.num_heads, places * depth, places * depth)
-    values += items * (2.0 * width * sum(codebook.widths[1:]) + 3.0 * scored if child else 3.0 * depth * codes)
-    return ModelSize({k: round(v) for k, v in parameters.items() if v}, {}, flops, values)
+    of_item = 2.0 * width * sum(codebook.widths[1:]) + 3.0 * scored if child else 3.0 * depth * codes
+    return ModelSize(
+        {k: round(v) for k, v in parameters.items() if v},
+        {},
+        flops,
+        values + items * of_item,
+        (places - items) * of_item,
+    )
 
 
 def _sasrec_backbone(dim: int, max_history: int, num_layers: int) -> int:
@@ -325,7 +333,8 @@ def sasrec_size(config: SasrecConfig, num_items: int, mean_targets: float = 1.0)
     }
     flops = config.num_layers * encoder_layer_flops(dim, 4, history) + 2.0 * dim * num_items * mean_targets
     values = config.num_layers * _layer_values(dim, 4, config.num_heads, history, history)
-    return ModelSize(parameters, {}, flops, values + 3.0 * num_items * mean_targets)
+    logits = 3.0 * num_items
+    return ModelSize(parameters, {}, flops, values + logits * mean_targets, logits * (history - mean_targets))
 
 
 def hstu_size(config: HstuConfig, num_items: int, mean_targets: float = 1.0) -> ModelSize:
@@ -342,7 +351,8 @@ def hstu_size(config: HstuConfig, num_items: int, mean_targets: float = 1.0) -> 
     flops = layers * (2.0 * places * 5 * dim**2 + 4.0 * places**2 * dim) + 2.0 * dim * num_items * mean_targets
     # A place keeps input, norm, projection before and after SiLU, values read, their norm, gated ones, a mask: 14 D.
     values = layers * (14.0 * places * dim + (3.0 * config.num_heads + 1) * places**2)
-    return ModelSize(parameters, {}, flops, values + 3.0 * num_items * mean_targets)
+    logits = 3.0 * num_items
+    return ModelSize(parameters, {}, flops, values + logits * mean_targets, logits * (places - mean_targets))
 
 
 def lightgcn_size(config: LightgcnConfig, counts: Counts) -> ModelSize:
@@ -420,3 +430,31 @@ def training_memory(
         "constants": FLOAT * constants,
         "activations": FLOAT * size.activation_values * per_worker,
     }
+
+
+def search_memory(config: GeneratorConfig | GptConfig, codebook: CodebookSize, users: int, width: int) -> float:
+    """Bytes that a GPU's allocator reserves for a beam search over a batch, captured or not.
+
+    Each layer holds keys and values of the users' histories. At each level it puts those of the beams into their new
+    order and copies them once more with a place added. Both are larger than what any level before has freed, so the
+    reserve is the sum over the levels. Beside the layers' keys and values one layer is at work at a time.
+
+    Args:
+        config: of the model.
+        codebook: trie of the items.
+        users: of the batch.
+        width: beams of a user.
+    """
+    depth, beams = codebook.max_depth, users * width
+    if isinstance(config, GeneratorConfig):
+        layers = config.num_decoder_layers
+        source = config.max_history * (1 if config.encoder_input == "item" else depth)
+        start = 2 if config.distill_weight and config.distill_position == "start" else 1
+    else:
+        layers, source, start = config.num_layers, 1 + config.max_history * depth, 0
+    copied = sum(2 * (start + level) - 1 for level in range(1, math.ceil(depth)))
+    at_work = max(
+        beams * _layer_values(config.dim, config.ffn_multiplier, config.num_heads, 1, source),
+        users * _layer_values(config.dim, config.ffn_multiplier, config.num_heads, source, source),
+    )
+    return FLOAT * (layers * 2 * config.dim * (users * source + beams * copied) + at_work)

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import ray.exceptions
+import torch
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -62,6 +63,9 @@ def test_the_outer_of_two_typed_errors_counts() -> None:
         (ray.exceptions.OutOfMemoryError("killed"), 4),
         (OSError(errno.ENOSPC, "No space left on device"), 4),
         (MemoryError(), 4),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 42.00 MiB."), 4),
+        (torch.AcceleratorError("CUDA error: out of memory"), 4),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), 1),
         (ClusterError("no GPU"), 4),
         (ray_task_error(ValueError("x")), 1),
         (OSError(errno.EACCES, "no"), 1),

@@ -22,6 +22,7 @@ from launcher.failures import Stopped
 from launcher.sweep_machine import GIB, Machine, Need, need_of, refuse_too_large, shared_need
 from launcher.sweep_pool import LocalPool
 from launcher.sweep_run import Scheduler
+from launcher.sweep_state import failure_of
 
 
 def unit(name: str, *needs: str, shared: bool = False, **runtime) -> Unit:
@@ -66,6 +67,9 @@ class FakePool:
                 )
             done.append((unit, 75 if code == "hang" else code))
         return done
+
+    def grow(self, unit: Unit) -> float:
+        return 0.0
 
     def tell(self, number: signal.Signals) -> None:
         self.told.append(number)
@@ -276,6 +280,78 @@ def test_the_local_pool_tells_and_kills(tmp_path):
     pool.start(unit("a"))
     pool.close()
     assert pool.running == set()
+
+
+class SharedGpu(LocalPool):
+    """Children on a made-up GPU; what a child of a real trial would have written is written here."""
+
+    folder: SweepFolder
+    store: Path
+    beside: list[tuple[str, list[str]]]
+
+    def start(self, unit: Unit) -> None:
+        self.beside.append((unit.name, sorted(self.running)))
+        super().start(unit)
+
+    def ended(self):
+        done = super().ended()
+        for unit, code in done:
+            if code == 0:
+                finish(self.folder, self.store, unit)
+            elif unit.name != "silent":
+                error = {4: "a resource gave way\n  got: CUDA error: out of memory", 40: "the disk is full"}[code]
+                self.folder.run(unit.name, unit.shared).event("run_failed", exit_code=min(code, 4), error=error)
+        return [(unit, min(code, 4)) for unit, code in done]
+
+
+@pytest.fixture
+def on_shared_gpu(tmp_path, monkeypatch):
+    """Run trials whose child exits with the first of its codes, then the second, ... by name: share and codes."""
+    monkeypatch.setattr(sweep_run, "POLL_SECONDS", 0.001)
+    code = """if True:
+        import pathlib, sys, time
+        attempt = pathlib.Path(sys.argv[1]).read_text().splitlines().count("up") - 1
+        codes = sys.argv[2].split(",")
+        time.sleep(0.2)
+        sys.exit(int(codes[min(attempt, len(codes) - 1)]))"""
+
+    def go(**trials: tuple[float, str]):
+        def command(unit, runtime):
+            log = tmp_path / "logs" / f"{unit.name}.log"
+            log.write_text(log.read_text() + "up\n")
+            return [sys.executable, "-S", "-c", code, str(log), trials[unit.name][1]]
+
+        needs = {name: Need(1, GIB, share) for name, (share, _) in trials.items()}
+        pool = SharedGpu(Machine(8, 64 * GIB, (80 * GIB,)), needs, 0, command, tmp_path / "logs")
+        pool.folder, pool.store, pool.beside = SweepFolder(tmp_path / "runs", "s"), tmp_path / "store", []
+        units, said = [unit(name) for name in trials], []
+        keys = {u.name: {(s.name, s.key) for s in u.stages} for u in units}
+        leases = Leases(pool.folder.path / "claims", Owner.this_process())
+        outcome = Scheduler(pool.folder, pool.store, units, pool, leases, said.append, keys).run(False)
+        return outcome, pool, said
+
+    return go
+
+
+def test_a_trial_without_memory_on_a_shared_gpu_starts_again_with_more_of_one(on_shared_gpu):
+    outcome, pool, said = on_shared_gpu(t1=(0.3, "4,4,0"), t2=(0.3, "0"), silent=(0.3, "4,0"))
+    assert (outcome.finished, outcome.failed) == ({"t1", "t2", "silent"}, {})
+    assert {name: need.gpu for name, need in pool.needs.items()} == {"t1": 1.0, "t2": 0.3, "silent": 0.6}
+    assert pool.beside[:3] == [("t1", []), ("t2", ["t1"]), ("silent", ["t1", "t2"])]
+    assert ("t1", []) in pool.beside[3:]  # with a whole GPU it is alone
+    again = "t1: out of memory on a GPU that it shared, started again from its last checkpoint with {} of one"
+    assert [line for line in said if "again" in line and "t1" in line] == [again.format("0.60"), again.format("1.00")]
+    events = pool.folder.run("t1", False).events()
+    assert [event["event"] for event in events] == ["run_failed", "run_restarted"] * 2 + ["run_finished"]
+    assert events[1]["error"] == again.format("0.60")[len("t1: ") :]
+    assert failure_of(pool.folder.run("silent", False), []) is None
+
+
+def test_a_trial_that_had_the_gpu_to_itself_has_failed(on_shared_gpu):
+    outcome, pool, _ = on_shared_gpu(t1=(0.6, "4"), t2=(1.0, "4"), full=(0.3, "40"), cpu=(0.0, "4"))
+    assert outcome.failed == dict.fromkeys(("t1", "t2", "cpu"), "a resource gave way") | {"full": "the disk is full"}
+    assert sorted(name for name, _ in pool.beside) == ["cpu", "full", "t1", "t1", "t2"]
+    assert [set(others) - {"cpu"} for name, others in pool.beside if name == "t1"][1] == set()
 
 
 def test_what_trials_take():

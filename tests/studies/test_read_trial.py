@@ -134,6 +134,7 @@ def test_states_of_runs_that_are_not_finished(tmp_path):
         ([process(os.getpid(), own) | {"host": "elsewhere"}], "running", None),
         ([failed], "failed", "loss is not finite"),
         ([failed, {"event": "run_started"}], "running", None),
+        ([failed, {"event": "run_restarted"}], "pending", "ended early, its sweep starts it again"),
         ([{"event": "preempted", "exit_code": 75}], "pending", "preempted, the same command continues it"),
         ([{"event": "run_finished"}, {"event": "run_started"}, failed], "failed", "loss is not finite"),
     ]

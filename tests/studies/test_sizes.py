@@ -21,8 +21,11 @@ from genrec_dist.config import (
     RuntimeConfig,
     SasrecConfig,
 )
+from genrec_dist.generator.beam import beam_search
+from genrec_dist.generator.beam_decoder import ModelDecoder
 from genrec_dist.generator.gpt import GptGenerator
 from genrec_dist.generator.model import Generator
+from genrec_dist.generator.search_tables import SearchTables
 from genrec_dist.identifiers.trie import Trie, build_trie
 from genrec_dist.studies.sizes import (
     CodebookSize,
@@ -35,8 +38,10 @@ from genrec_dist.studies.sizes import (
     gpt_size,
     hstu_size,
     sasrec_size,
+    search_memory,
     training_memory,
 )
+from genrec_dist.testing.tiny import tiny_generator, tiny_gpt, tiny_histories, tiny_trie
 
 NUM_ITEMS, HISTORY, BATCH = 24, 6, 8
 
@@ -228,3 +233,66 @@ def test_hstu_size_is_that_of_the_model(similarity: str, num_layers: int) -> Non
     assert size.num_parameters == trainable(model)
     batch = row_batch() | {"times": torch.zeros(BATCH, HISTORY + 1, dtype=torch.int64)}
     assert size.forward_flops == pytest.approx(measured_flops(model, batch), rel=0.02)
+
+
+class Counting(ModelDecoder):
+    """Counts the numbers in keys and values of the users, and in every copy of those of the beams."""
+
+    kept, copied = 0, 0
+
+    def step(self, token_R, source_R, memory, state, beams, last):
+        of_users = memory.keys if hasattr(memory, "keys") else memory[0]
+        self.kept = sum(part.numel() for pair in of_users for part in pair)
+        if state is not None:
+            self.copied += sum(part[source_R].numel() for pair in state for part in pair)
+        hidden, state = super().step(token_R, source_R, memory, state, beams, last)
+        self.copied += sum(part.numel() for pair in state for part in pair)
+        return hidden, state
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (tiny_generator, {"distill_position": "start"}),
+        (tiny_generator, {"distill_position": "end"}),
+        (tiny_generator, {"distill_weight": 0.0, "encoder_input": "codes"}),
+        (tiny_gpt, {}),
+    ],
+)
+def test_a_search_keeps_what_its_formula_says(make, settings, depth) -> None:
+    """Three layers against two: what is left is a layer's keys and values, as the real search copies them."""
+    users, width, book = 5, 4, tiny_trie(40, 7, depth=depth)
+    model = make(book, max_history=HISTORY, **settings)
+    tables = SearchTables(model)
+    counting = tables.decoder = Counting(model, tables._tokens)
+    beam_search(model, *tiny_histories(users, 40, HISTORY), width, 0.0, tables, static=True)
+    key = "num_decoder_layers" if make is tiny_generator else "num_layers"
+    three, two = (
+        search_memory(model.config.model_copy(update={key: layers}), size_of(book), users, width) for layers in (3, 2)
+    )
+    assert getattr(model.config, key) == 2
+    assert three - two == 4 * (counting.kept + counting.copied) / 2
+
+
+def test_a_search_holds_beams_in_proportion_and_one_layer_at_work() -> None:
+    config, book = GeneratorConfig(dim=16, num_heads=4, num_decoder_layers=1), CodebookSize(1000, 3, 16, (16, 16, 4))
+    of = lambda users, width, **changes: search_memory(config.model_copy(update=changes), book, users, width)  # noqa: E731
+    assert of(64, 20) == 2 * of(32, 20)
+    assert of(64, 20) < of(64, 40) < 2 * of(64, 20)  # the users' histories are the same
+    at_work = of(64, 20) - (of(64, 20, num_decoder_layers=2) - of(64, 20))
+    assert at_work == of(64, 20, num_decoder_layers=0) > 0
+
+
+@pytest.mark.parametrize("make", ["gpt", "sasrec", "hstu"])
+def test_places_of_padding_have_logits_on_a_gpu(make: str, trie: Trie) -> None:
+    """With what padding adds, rows of few targets take what full rows take."""
+    sizes = {
+        "gpt": lambda targets: gpt_size(GptConfig(max_history=HISTORY), size_of(trie), 20, targets),
+        "sasrec": lambda targets: sasrec_size(SasrecConfig(max_history=HISTORY), NUM_ITEMS, targets),
+        "hstu": lambda targets: hstu_size(HstuConfig(max_history=HISTORY), NUM_ITEMS, targets),
+    }[make]
+    few, full = sizes(2), sizes(HISTORY)
+    assert few.activation_values < full.activation_values
+    assert few.activation_values + few.padded_values == full.activation_values
+    assert full.padded_values == 0

@@ -22,7 +22,11 @@ from genrec_dist.evaluation.metrics import BITS
 from genrec_dist.runs import RunFolder
 from genrec_dist.studies.scaling.trials import CurvePoint, Trial, TrialState
 
-GONE = {"preempted": "preempted, the same command continues it", "interrupted": "interrupted"}
+GONE = {
+    "preempted": "preempted, the same command continues it",
+    "interrupted": "interrupted",
+    "run_restarted": "ended early, its sweep starts it again",
+}
 
 
 def read_trial(run_folder: str | Path, arm: str, depth: int, varied: Sequence[str] = ()) -> Trial:

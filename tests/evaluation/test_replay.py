@@ -136,3 +136,15 @@ def test_what_cannot_be_captured_runs_kernel_by_kernel(caplog):
     later = BatchRunner(lambda batch: {"y": batch["x"] + 1}, torch.device("cuda"))
     assert later({"x": torch.ones(3, device="cuda")})["y"].tolist() == [2, 2, 2]
     assert later.problem is None
+
+
+@needs_gpu
+def test_runner_after_runner_leaves_no_memory_behind():
+    """cuBLAS keeps a workspace for every stream: a stream of its own for each runner's warm-up would leave one."""
+    weight, held = torch.ones(256, 256, device="cuda"), []
+    for _ in range(4):
+        runner = BatchRunner(lambda batch: {"y": batch["x"] @ weight}, weight.device)
+        runner({"x": torch.ones(64, 256, device="cuda")})
+        del runner
+        held.append(torch.cuda.memory_allocated())
+    assert held[1:] == [held[0]] * 3

@@ -52,7 +52,7 @@ class SoftCodes:
         level: int,
         by_code: bool,
     ) -> torch.Tensor:
-        """Cross-entropy against both labels, a scalar.
+        """Cross-entropy against both labels, a scalar; a row of which the teacher says nothing has the true one alone.
 
         Args:
             hard: summed cross-entropy against the true ones.
@@ -63,7 +63,10 @@ class SoftCodes:
         if by_code:
             codes = self.trie.code[self.trie.children_of(nodes_B, level)[0]].clamp(min=0)
             shares = torch.zeros_like(logits).scatter_add(1, codes, shares)
-        return (1 - self.weight) * hard + self.weight * soft_cross_entropy(logits, shares * (label_B >= 0)[:, None])
+        shares = shares * (label_B >= 0)[:, None]
+        silent = label_B.masked_fill(shares.sum(1) > 0, -100)  # where the teacher's probability underflows
+        soft = soft_cross_entropy(logits, shares) + F.cross_entropy(logits, silent, ignore_index=-100, reduction="sum")
+        return (1 - self.weight) * hard + self.weight * soft
 
 
 def node_masses(trie: DeviceTrie, items_BN: torch.Tensor) -> list[torch.Tensor]:

@@ -183,7 +183,10 @@ def _teacher(config: GeneratorConfig, context: StageContext, settings: dict, wor
     if not config.teacher_weight:
         return None
     text = read_embeddings(context.inputs["semantic"])
+    stage_one = FusionConfig.model_validate(settings["fusion"])
     numbers = math.ceil(config.optim.batch_size / worker.world_size) * len(text)
+    if stage_one.backbone == "din":  # scores every item of the history with every candidate
+        numbers *= config.max_history
     if numbers > CATALOG_LOGITS:
         raise ConfigError(
             "Stage I's probabilities of the whole catalog are too many for a batch",
@@ -192,7 +195,7 @@ def _teacher(config: GeneratorConfig, context: StageContext, settings: dict, wor
             expected=f"at most {CATALOG_LOGITS:,}",
             fix="lower generator.optim.batch_size, or set generator.teacher_weight=0",
         )
-    model = load_fusion(FusionConfig.model_validate(settings["fusion"]), text, context.inputs["fusion"])
+    model = load_fusion(stage_one, text, context.inputs["fusion"])
     return Teacher(model.to(worker.device), config.teacher_temperature)
 
 

@@ -74,6 +74,15 @@ def test_a_node_without_probability_teaches_nothing():
     assert not SoftCodes(trie, taught, 1.0).shares(torch.tensor([other]), 1).any()
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_where_a_teacher_says_nothing_the_true_code_is_learned(head):
+    target = torch.tensor([5, 9])
+    for plain, taught in zip(
+        losses_of(head, "even", target, None), losses_of(head, "even", target, torch.zeros(2, 40))
+    ):
+        torch.testing.assert_close(plain, taught)
+
+
 def losses_of(head: str, tree: str, target: torch.Tensor, soft: torch.Tensor | None, weight: float = 1.0):
     """Losses of the levels and the gradient of the states, float32."""
     model = tiny_generator(TREES[tree](), head=head)
@@ -191,6 +200,7 @@ def test_a_catalog_too_large_for_a_batch_is_refused(monkeypatch, tmp_path):
     write_embeddings(tmp_path, tiny_embeddings(NUM_ITEMS))
     config = GeneratorConfig(teacher_weight=0.5, optim=tiny_optim(batch_size=11))
     context = SimpleNamespace(inputs={"semantic": tmp_path})
-    monkeypatch.setattr(stage, "CATALOG_LOGITS", 10 * NUM_ITEMS)
-    with pytest.raises(ConfigError, match="too many for a batch"):
-        stage._teacher(config, context, {}, Worker())
+    for backbone, numbers in (("sasrec", 10 * NUM_ITEMS), ("din", 219 * NUM_ITEMS)):  # 20 items of a history
+        monkeypatch.setattr(stage, "CATALOG_LOGITS", numbers)
+        with pytest.raises(ConfigError, match="too many for a batch"):
+            stage._teacher(config, context, {"fusion": {"backbone": backbone}}, Worker())

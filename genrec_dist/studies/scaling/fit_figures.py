@@ -41,9 +41,10 @@ def title_of(quantity: str) -> str:
     return QUANTITIES[quantity][0].upper() + QUANTITIES[quantity][1:]
 
 
-def size_title(size: str) -> str:
+def size_title(size: str, quantity: str = LOSS) -> str:
     """Axis title of a size."""
-    return "C, training FLOPs to the best checkpoint" if size == COMPUTE else f"N, {SIZES[size]}"
+    until = "lowest loss" if quantity == LOWEST_LOSS else "best checkpoint"
+    return f"C, training FLOPs to the {until}" if size == COMPUTE else f"N, {SIZES[size]}"
 
 
 def loss_over_sizes(study: ScalingStudy, sizes: Sequence[str], name: str, loss: str = LOSS) -> Plot | None:
@@ -238,7 +239,7 @@ def _curves(
     low, high = (np.log10(min(shown)), np.log10(max(shown))) if log_y else (min(shown), max(shown))
     layout: dict[str, Any] = {
         "xaxis": axis(
-            size_title(size), log=True, **_ticks(size, [float(x) for _, case in cases for x in case.points.x])
+            size_title(size, quantity), log=True, **_ticks(size, [float(x) for _, case in cases for x in case.points.x])
         ),
         "yaxis": axis(QUANTITIES[quantity], log=log_y),
         "annotations": end_labels(notes, low, high, 260),

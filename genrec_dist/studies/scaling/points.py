@@ -106,8 +106,8 @@ def size_of(trial: Trial, size: str, quantity: str) -> float | None:
 
 def _lowest(trial: Trial) -> CurvePoint | None:
     """The validation with the fewest bits an item; None where the curve has none."""
-    known = [point for point in trial.curve if point.bits_per_item is not None]
-    return min(known, key=lambda point: point.bits_per_item or 0.0, default=None)
+    known = [(point.bits_per_item, point) for point in trial.curve if point.bits_per_item is not None]
+    return min(((b, p) for b, p in known if np.isfinite(b)), key=lambda pair: pair[0], default=(None, None))[1]
 
 
 def points_of(trials: Sequence[Trial], arm: str, size: str, quantity: str) -> Points:

@@ -10,7 +10,7 @@ from genrec_dist.studies.scaling.points import COMPUTE, Points
 
 MIN_DEPTHS, MIN_DECADES = 5, 1.0
 AT_ZERO = 1.02 * SMALLEST_EXPONENT
-"""Below it an exponent is one that the search stopped at, with nothing between it and zero."""
+"""An exponent of less, over decades of size, is a logarithm or a constant: the grid of the search starts there."""
 RIVALS: dict[CurveName, str] = {
     "constant": "a constant",
     "saturating": "a curve that saturates",
@@ -58,10 +58,10 @@ def judge_power_law(points: Points, fit: Fit | None) -> Verdict:
     low, high = fit.power.alpha_interval
     if low <= 0 <= high:
         against.append(f"the 95% interval of α, {low:.2f} to {high:.2f}, crosses zero")
-    elif 0 < low < AT_ZERO:
+    elif 0 < low < AT_ZERO or -AT_ZERO < high < 0:
         against.append(
-            f"the 95% interval of α reaches from the smallest exponent that is searched, {SMALLEST_EXPONENT:g}, to "
-            f"{high:.2f}: it is not told from zero"
+            f"the 95% interval of α, {low:.2f} to {high:.2f}, begins within {SMALLEST_EXPONENT:g} of zero, "
+            "from which nothing tells it"
         )
     elif high < 0:
         against.append(f"α is negative ({low:.2f} to {high:.2f}): larger models do worse")

@@ -69,10 +69,15 @@ def explain(error: BaseException, received: signal.Signals | None = None) -> Fai
     return Failure(EXIT_BUG, kind, f"unexpected error, most likely a bug\n  got: {_short(text)}")
 
 
+def says_memory(text: str) -> bool:
+    """Whether a message is of memory that ran out, of a host or a GPU."""
+    return "out of memory" in text or "ALLOC_FAILED" in text  # the latter is cuBLAS's and cuDNN's
+
+
 def _is_resource(error: BaseException, module: str, name: str) -> bool:
     lost_by_ray = module == "ray.exceptions" and not name.startswith("RayTaskError")
     # A GPU that is full may also say so as torch.AcceleratorError, or as a RuntimeError of Triton.
-    full_gpu = isinstance(error, RuntimeError) and "out of memory" in str(error)
+    full_gpu = isinstance(error, RuntimeError) and says_memory(str(error))
     out_of_memory = isinstance(error, MemoryError) or (module.startswith("torch") and name == "OutOfMemoryError")
     disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return lost_by_ray or out_of_memory or full_gpu or disk_full

@@ -18,7 +18,7 @@ from genrec_dist.runs import RunFolder
 from genrec_dist.studies.scaling.leases import Leases
 from genrec_dist.studies.scaling.plan import Unit
 from genrec_dist.studies.scaling.sweep_folder import SweepFolder
-from launcher.failures import Failure, Stopped, explain
+from launcher.failures import Failure, Stopped, explain, says_memory
 from launcher.screen import duration
 from launcher.sweep_pool import Pool
 from launcher.sweep_state import FAILED, failure_of, has_artifacts, is_complete, last_end, note_failure, note_restart
@@ -207,8 +207,9 @@ class Scheduler:
         runtime, again = unit.config.runtime, "started again from its last checkpoint"
         if code == EXIT_CLUSTER:
             said = self._failure(unit)
-            share = self.pool.grow(unit) if said is None or "out of memory" in said["error"] else 0.0
-            return f"out of memory on a GPU that it shared, {again} with {share:.2f} of one" if share else None
+            share = self.pool.grow(unit) if said is None or says_memory(said["error"]) else 0.0
+            why = "out of memory" if said else "a resource gave way"
+            return f"{why} on a GPU that it shared, {again} with {share:.2f} of one" if share else None
         if code is None or code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
             kind, budget = "preempted", runtime.max_preemptions
         elif code < 0:

@@ -65,6 +65,7 @@ def test_the_outer_of_two_typed_errors_counts() -> None:
         (MemoryError(), 4),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 42.00 MiB."), 4),
         (torch.AcceleratorError("CUDA error: out of memory"), 4),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 4),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), 1),
         (ClusterError("no GPU"), 4),
         (ray_task_error(ValueError("x")), 1),

@@ -36,7 +36,7 @@ from genrec_dist.generator.heads import (
     item_nats,
     node_means,
 )
-from genrec_dist.generator.soft_codes import SoftCodes, soft_cross_entropy
+from genrec_dist.generator.soft_codes import SoftCodes
 from genrec_dist.generator.transformer import (
     AddNorm,
     DecoderLayer,
@@ -312,8 +312,7 @@ class Generator(nn.Module):
             x_BTD = torch.where(place[..., None], self.dis_token().to(x_BTD.dtype), x_BTD)
         hidden = self._decoded(x_BTD, source_BSD, mask)
         bos = inputs[0].shape[1] - 1
-        taught_BN = self.teacher(*history_of(batch)) if self.teacher else None
-        soft = None if taught_BN is None else SoftCodes(self.trie, taught_BN, config.teacher_weight)
+        soft = SoftCodes(self.trie, self.teacher(*history_of(batch)), config.teacher_weight) if self.teacher else None
         smoothing = config.label_smoothing
         by_level = code_losses(self.head, self.trie, hidden[:, bos:], path_BL, depth_B, smoothing, table, soft)
         loss_gen = torch.stack(by_level).sum() / batch["count"]
@@ -321,12 +320,12 @@ class Generator(nn.Module):
         if config.distill_weight:
             at = depth_B + 1 if at_end else torch.zeros_like(depth_B)
             query = self.distilled(hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0])
-            losses["loss_distill"] = self._distill_loss(query, target, batch, taught_BN) / batch["count"]
+            losses["loss_distill"] = self._distill_loss(query, target, batch, soft) / batch["count"]
             losses["loss"] = loss_gen + config.distill_weight * losses["loss_distill"]
         return losses
 
     def _distill_loss(
-        self, query: torch.Tensor, target: torch.Tensor, batch: dict, taught_BN: torch.Tensor | None
+        self, query: torch.Tensor, target: torch.Tensor, batch: dict, soft: SoftCodes | None
     ) -> torch.Tensor:
         """Equation 7, summed: contrast with the target's integrated embedding; and what a teacher says of the catalog,
         where all of it is scored."""
@@ -336,10 +335,7 @@ class Generator(nn.Module):
             if query.shape[0] * len(self.integrated) <= CATALOG_LOGITS:
                 logits = self.dense_logits(query)
                 hard = F.cross_entropy(logits, target, reduction="sum")
-                if taught_BN is None:
-                    return hard
-                weight = self.config.teacher_weight
-                return (1 - weight) * hard + weight * soft_cross_entropy(logits, taught_BN)
+                return hard if soft is None else soft.mixed_items(hard, logits)
             query = at_least_float32(query)
             return blocked_softmax(
                 F.normalize(query, dim=-1) if kind == "cosine" else query, self.integrated, target, scale

@@ -32,7 +32,7 @@ class SoftCodes:
     """
 
     def __init__(self, trie: DeviceTrie, items_BN: torch.Tensor, weight: float) -> None:
-        self.trie, self.weight = trie, weight
+        self.trie, self.items_BN, self.weight = trie, items_BN, weight
         self.masses = node_masses(trie, items_BN)
 
     def shares(self, nodes_B: torch.Tensor, level: int) -> torch.Tensor:
@@ -63,10 +63,16 @@ class SoftCodes:
         if by_code:
             codes = self.trie.code[self.trie.children_of(nodes_B, level)[0]].clamp(min=0)
             shares = torch.zeros_like(logits).scatter_add(1, codes, shares)
-        shares = shares * (label_B >= 0)[:, None]
-        silent = label_B.masked_fill(shares.sum(1) > 0, -100)  # where the teacher's probability underflows
-        soft = soft_cross_entropy(logits, shares) + F.cross_entropy(logits, silent, ignore_index=-100, reduction="sum")
-        return (1 - self.weight) * hard + self.weight * soft
+        silent = (shares.sum(1, keepdim=True) == 0).to(shares)  # where the teacher's probability underflows
+        shares = shares.scatter_add(1, label_B.clamp(min=0)[:, None], silent) * (label_B >= 0)[:, None]
+        return self._mixed(hard, logits, shares)
+
+    def mixed_items(self, hard: torch.Tensor, logits_BN: torch.Tensor) -> torch.Tensor:
+        """The same of the items themselves."""
+        return self._mixed(hard, logits_BN, self.items_BN)
+
+    def _mixed(self, hard: torch.Tensor, logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        return (1 - self.weight) * hard + self.weight * soft_cross_entropy(logits, shares)
 
 
 def node_masses(trie: DeviceTrie, items_BN: torch.Tensor) -> list[torch.Tensor]:

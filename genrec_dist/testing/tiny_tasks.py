@@ -29,6 +29,8 @@ from genrec_dist.training.engine import Engine, TorchEngine
 from genrec_dist.training.worker import Worker
 
 NUM_ITEMS = 20
+SETTINGS = {"seed": 0, "validation_beam": 10, "validation_users": 0, "mix_weight": 0.0}
+"""Of a generator's stage."""
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 
 
@@ -57,8 +59,7 @@ def generator_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTa
         distill_negatives=5,
         optim=tiny_optim(**optim),
     ).to(worker.device)
-    settings = {"seed": 0, "validation_beam": 10, "validation_users": 0, "mix_weight": 0.0}
-    return GeneratorTask(model, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, settings)
+    return GeneratorTask(model, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, SETTINGS)
 
 
 def taught_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTask:
@@ -69,9 +70,7 @@ def taught_task(worker: Worker, dropout: float = 0.0, **optim) -> GeneratorTask:
     model = tiny_generator(
         tiny_trie(NUM_ITEMS, 4, seed=1), spread=0.2, dropout=dropout, teacher_weight=0.6, optim=tiny_optim(**optim)
     ).to(worker.device)
-    settings = {"seed": 0, "validation_beam": 10, "validation_users": 0, "mix_weight": 0.0}
-    sequences = tiny_sequences(12, NUM_ITEMS, shortest=4)
-    return GeneratorTask(model, sequences, worker, settings, Teacher(stage_one))
+    return GeneratorTask(model, tiny_sequences(12, NUM_ITEMS, shortest=4), worker, SETTINGS, Teacher(stage_one))
 
 
 def gpt_task(worker: Worker, dropout: float = 0.0, **optim) -> GptTask:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 from genrec_dist.studies.scaling.points import finished, value_of
-from genrec_dist.studies.scaling.seeds import Estimate, difference, gain_per_doubling
+from genrec_dist.studies.scaling.seeds import Estimate, difference, gain_per_doubling, mean_at
 from genrec_dist.studies.scaling.trials import Trial
 
 Judgement = Literal["confirmed", "contradicted", "undecided"]
@@ -133,16 +132,18 @@ def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimV
     """
     ours, others = by_seed(trials, claim.arm, metric), by_seed(trials, claim.other, metric)
     asked = sorted({trial.depth for trial in trials if trial.arm in (claim.arm, claim.other)})
-    leads, relative = {}, {}
+    leads: dict[int, dict[int, float]] = {}
+    relative = {}
     for depth in asked:
-        seeds = sorted(ours.get(depth, {}).keys() & others.get(depth, {}).keys())
-        if seeds:
-            leads[depth] = np.array([ours[depth][seed] - others[depth][seed] for seed in seeds])
-            base = float(np.mean([others[depth][seed] for seed in seeds]))
-            relative[depth] = float(leads[depth].mean()) / base if base else float("nan")
+        shared = sorted(ours.get(depth, {}).keys() & others.get(depth, {}).keys())
+        if shared:
+            leads[depth] = {seed: ours[depth][seed] - others[depth][seed] for seed in shared}
+            base = float(np.mean([others[depth][seed] for seed in shared]))
+            relative[depth] = float(np.mean(list(leads[depth].values()))) / base if base else float("nan")
     if not leads:
         return ClaimVerdict(claim, metric, "undecided", f"{_label(metric)}: no depth and seed has both.", None)
-    ahead = [depth for depth, lead in leads.items() if lead.mean() > 0]
+    found = {depth: mean_at(leads, depth) for depth in leads}
+    ahead = [depth for depth, each in found.items() if each.mean > 0]
     most, least = max(relative, key=relative.__getitem__), min(relative, key=relative.__getitem__)
     said = (
         f"{_label(metric)}: ahead at {len(ahead)} of {len(leads)} depths, between {relative[least]:+.1%} (at {least}) "
@@ -151,25 +152,20 @@ def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimV
     lacking = [str(depth) for depth in asked if depth not in leads]
     if lacking:
         said += f"; without a pair at {', '.join(lacking)}"
-    smallest = min(leads, key=lambda depth: leads[depth].mean())
-    mean, num_seeds = float(leads[smallest].mean()), len(leads[smallest])
-    freedom = sum(len(lead) - 1 for lead in leads.values())
-    if not freedom:
+    smallest = min(found, key=lambda depth: found[depth].mean)
+    lead = found[smallest]
+    if lead.interval is None:
         sentence = f"{said}; one seed, so no interval."
-        return ClaimVerdict(claim, metric, "undecided", sentence.replace("-", "−"), Estimate(mean, None, num_seeds))
-    spread = np.sqrt(sum(((lead - lead.mean()) ** 2).sum() for lead in leads.values()) / freedom)
-
-    def half(depth: int, tail: float) -> float:
-        return float(stats.t.ppf(1 - tail, freedom) * spread / np.sqrt(len(leads[depth])))
-
+        return ClaimVerdict(claim, metric, "undecided", sentence.replace("-", "−"), lead)
+    shared_out = [mean_at(leads, depth, 0.025 / len(leads)).interval for depth in leads]
     judgement: Judgement = "undecided"
-    if not lacking and all(lead.mean() > half(depth, 0.025) for depth, lead in leads.items()):
+    if not lacking and all(each.interval and each.interval[0] > 0 for each in found.values()):
         judgement = "confirmed"
-    elif any(lead.mean() < -half(depth, 0.025 / len(leads)) for depth, lead in leads.items()):
+    elif any(interval and interval[1] < 0 for interval in shared_out):
         judgement = "contradicted"
-    low, high = mean - half(smallest, 0.025), mean + half(smallest, 0.025)
-    sentence = f"{said}; least at {smallest} layers: {mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f}."
-    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), Estimate(mean, (low, high), num_seeds))
+    low, high = lead.interval
+    sentence = f"{said}; least at {smallest} layers: {lead.mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f}."
+    return ClaimVerdict(claim, metric, judgement, sentence.replace("-", "−"), lead)
 
 
 def judge_all(trials: Sequence[Trial]) -> list[ClaimVerdict]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -106,8 +107,8 @@ def size_of(trial: Trial, size: str, quantity: str) -> float | None:
 
 def _lowest(trial: Trial) -> CurvePoint | None:
     """The validation with the fewest bits an item; None where the curve has none."""
-    known = [(point.bits_per_item, point) for point in trial.curve if point.bits_per_item is not None]
-    return min(((b, p) for b, p in known if np.isfinite(b)), key=lambda pair: pair[0], default=(None, None))[1]
+    known = [p for p in trial.curve if p.bits_per_item is not None and np.isfinite(p.bits_per_item)]
+    return min(known, key=attrgetter("bits_per_item"), default=None)
 
 
 def points_of(trials: Sequence[Trial], arm: str, size: str, quantity: str) -> Points:

@@ -33,8 +33,11 @@ class Estimate:
     num_seeds: int
 
 
-def mean_at(values: BySeed, depth: int) -> Estimate:
+def mean_at(values: BySeed, depth: int, tail: float = 0.025) -> Estimate:
     """Mean over the seeds of a depth; the spread about the means of the depths is pooled over all depths.
+
+    Args:
+        tail: probability beyond each end of the interval.
 
     Source:
         One-way layout with equal variances (Scheffé, The Analysis of Variance, 1959, chapter 3).
@@ -46,7 +49,7 @@ def mean_at(values: BySeed, depth: int) -> Estimate:
     if not freedom:
         return Estimate(mean, None, len(own))
     noise = np.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom)
-    half = float(stats.t.ppf(0.975, freedom) * noise / np.sqrt(len(own)))
+    half = float(stats.t.ppf(1 - tail, freedom) * noise / np.sqrt(len(own)))
     return Estimate(mean, (mean - half, mean + half), len(own))
 
 

@@ -65,12 +65,19 @@ def sweep(
     depths: Sequence[int] = DEPTHS,
     seeds: int = 3,
     seed: int = 0,
+    seed_effect: float = 0.0,
 ) -> list[Trial]:
-    """Finished runs of every depth and seed; `noise` is the standard deviation of a log."""
+    """Finished runs of every depth and seed.
+
+    `noise` and `seed_effect` are standard deviations of a log, of a run's own and of what a seed adds at every depth;
+    the latter is 0 in the mean of the sweep's seeds.
+    """
     rng = np.random.default_rng(seed)
+    added = np.random.default_rng((seed, 1)).normal(0, seed_effect, (seeds, 2))
+    added -= added.mean(axis=0)
     made = []
     for depth in depths:
         for s in range(seeds):
-            one, two = np.exp(rng.normal(0, noise, 2))
+            one, two = np.exp(added[s] + rng.normal(0, noise, 2))
             made.append(trial(arm, depth, s, bits(depth) * one if bits else None, ndcg(depth) * two))
     return made

@@ -33,13 +33,16 @@ def verdict_of(trials, quantity=LOSS, size="layers"):
     return judge_power_law(chosen, fit_all(chosen, 100))
 
 
-def covered(num_draws: int, quantity: str, planted, noise: float, seeds: int = 3, resamples: int = 400) -> np.ndarray:
+def covered(
+    num_draws: int, quantity: str, planted, noise: float, seeds: int = 3, seed_effect: float = 0.0, resamples: int = 400
+) -> np.ndarray:
     """Share of draws whose 95% intervals of alpha and of the floor hold the planted values."""
     e, a, alpha = planted
     held = []
     for draw in range(num_draws):
         curves = {"bits" if quantity == LOSS else "ndcg": power(e, a, alpha)}
-        law = bootstrap(points(sweep(noise=noise, seeds=seeds, seed=draw, **curves), quantity), resamples)
+        made = sweep(noise=noise, seeds=seeds, seed=draw, seed_effect=seed_effect, **curves)
+        law = bootstrap(points(made, quantity), resamples)
         held.append([low <= value <= high for (low, high), value in ((law.alpha_interval, alpha), (law.e_interval, e))])
     return np.mean(held, axis=0)
 
@@ -65,22 +68,25 @@ def test_intervals_cover_in_a_few_draws():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("quantity", "planted", "noise", "seeds"),
+    ("quantity", "planted", "noise", "seeds", "seed_effect"),
     [
-        (LOSS, (8.0, 2.0, 0.5), 0.004, 3),
-        (LOSS, (8.0, 2.0, 0.3), 0.004, 3),
-        (LOSS, (8.0, 2.0, 0.5), 0.004, 1),
-        (NDCG, (0.06, -0.02, 0.6), 0.01, 3),
+        (LOSS, (8.0, 2.0, 0.5), 0.004, 3, 0.0),
+        (LOSS, (8.0, 2.0, 0.3), 0.004, 3, 0.0),
+        (LOSS, (8.0, 2.0, 0.5), 0.004, 1, 0.0),
+        (LOSS, (8.0, 2.0, 0.5), 0.004, 2, 0.01),
+        (NDCG, (0.06, -0.02, 0.6), 0.01, 3, 0.0),
+        (NDCG, (0.06, -0.02, 0.6), 0.01, 2, 0.03),
     ],
 )
-def test_intervals_cover_the_truth_in_200_draws(quantity, planted, noise, seeds):
-    shares = covered(200, quantity, planted, noise, seeds)
+def test_intervals_cover_the_truth_in_200_draws(quantity, planted, noise, seeds, seed_effect):
+    shares = covered(200, quantity, planted, noise, seeds, seed_effect)
     print(f"coverage of alpha and floor: {shares}")
     assert (shares >= 0.90).all()
     assert (shares <= 0.98).all()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed_effect", [0.0, 0.02])
 @pytest.mark.parametrize(
     ("bits", "fewest", "most"),
     [
@@ -90,10 +96,56 @@ def test_intervals_cover_the_truth_in_200_draws(quantity, planted, noise, seeds)
     ],
     ids=["power law", "constant", "plateau"],
 )
-def test_verdicts_are_right_in_100_draws(bits, fewest, most):
-    supported = sum(verdict_of(sweep(bits=bits, seed=1000 + draw)).supported for draw in range(100))
+def test_verdicts_are_right_in_100_draws(bits, fewest, most, seed_effect):
+    supported = sum(
+        verdict_of(sweep(bits=bits, seed=1000 + draw, seed_effect=seed_effect)).supported for draw in range(100)
+    )
     print(f"supported in {supported} of 100")
     assert fewest <= supported <= most
+
+
+def test_what_a_seed_adds_at_every_depth_hides_nothing():
+    """The same noise with and without large effects of the seeds: same exponent, noise, criteria, prediction."""
+    plain, shifted = (fit_all(points(sweep(seeds=2, seed_effect=effect)), 200) for effect in (0.0, 0.05))
+    assert shifted.power.alpha == pytest.approx(plain.power.alpha, abs=1e-6)
+    assert shifted.power.alpha_interval == pytest.approx(plain.power.alpha_interval, abs=1e-3)
+    assert shifted.power.noise == pytest.approx(plain.power.noise)
+    assert shifted.prediction.inside.tolist() == plain.prediction.inside.tolist()
+    for name, family in plain.families.items():
+        assert shifted.families[name].aicc == pytest.approx(family.aicc, abs=1e-3)
+        assert shifted.families[name].left_out_error == pytest.approx(family.left_out_error, rel=0.1)
+    found, given = shifted.power.offsets, shifted.points.y / plain.points.y
+    for seed, offsets in found.items():
+        assert len(offsets) == 201
+        own = plain.power.offsets[seed][0]
+        assert offsets[0] - own == pytest.approx(np.log(given[shifted.points.seed == seed][0]))
+
+
+def test_a_deeper_run_of_a_seed_that_has_no_shallower_one_is_not_predicted():
+    made = [t for t in sweep(seeds=2) if t.seed == 0 or t.depth == 32]
+    assert predict_held_out(points(made), 50).held_out.seed.tolist() == [0, 0]
+    assert predict_held_out(points([t for t in made if t.seed == 1 or t.depth < 24]), 50) is None
+
+
+def test_compute_that_does_not_rise_with_depth_supports_nothing():
+    made = sweep(noise=0.001)
+    assert verdict_of(made, size=COMPUTE).supported
+    longer = [dataclasses.replace(t, train_flops=t.train_flops * (60 if t.depth < 8 else 1)) for t in made]
+    verdict = verdict_of(longer, size=COMPUTE)
+    assert not verdict.supported
+    assert "compute does not rise with depth" in verdict.sentence
+    worse = verdict_of(sweep(bits=lambda depth: 8 * depth**0.05), size=COMPUTE)
+    assert "more compute does worse" in worse.sentence
+
+
+def test_lowest_losses_of_different_parts_of_the_training_are_said():
+    made = sweep(noise=0.001)
+    early = [dataclasses.replace(t, curve=t.curve[: 1 if t.depth < 4 else None]) for t in made]
+    for trials, said in ((made, False), (early, True)):
+        chosen = points(trials, LOWEST_LOSS)
+        assert chosen.epoch.min() == (1 if said else 8)
+        found = judge_power_law(chosen, fit_all(chosen, 50)).trust
+        assert any("epochs 1 to 8" in each for each in found) == said
 
 
 def test_every_seed_is_a_point():
@@ -182,9 +234,11 @@ def test_left_out_error_by_hand():
     fit = fit_all(chosen, 50)
     errors: dict[str, list[float]] = {"log_linear": [], "power": []}
     for depth in chosen.depths:
-        out = chosen.where(chosen.depth == depth)
+        out, others = chosen.where(chosen.depth == depth), chosen.where(chosen.depth != depth)
+        logs = np.log(others.y)
+        added = np.exp([logs[others.seed == seed].mean() - logs.mean() for seed in out.seed])
         for name, found in errors.items():
-            found += list(fit_curve(chosen.where(chosen.depth != depth), name).predict(out.x)[0] / out.y - 1)
+            found += list(fit_curve(others, name).predict(out.x)[0] * added / out.y - 1)
     for name, found in errors.items():
         assert fit.families[name].left_out_error == pytest.approx(np.sqrt(np.mean(np.square(found))), rel=0.02)
 
@@ -286,8 +340,8 @@ def test_the_interval_of_a_lead_by_hand():
         trial(arm, depth, seed, 8.0, value) for (arm, depth), pair in values.items() for seed, value in enumerate(pair)
     ]
     found = judge_lead(trials, LEAD, NDCG)
-    pooled = np.sqrt((2 * 0.002**2 + 2 * 0.005**2) / 2)
-    half = stats.t.ppf(0.975, 2) * pooled / np.sqrt(2)
+    seeds, left = 0.014**2 / 4, 0.006**2 / 4  # mean squares of leads .010, .014 and .020, .030
+    half = stats.t.ppf(0.975, (seeds + left) ** 2 / (seeds**2 + left**2)) * np.sqrt((seeds + left) / 2 / 2)
     assert found.judgement == ("confirmed" if half < 0.012 else "undecided")
     assert found.difference.mean == pytest.approx(0.012)
     assert found.difference.interval == pytest.approx((0.012 - half, 0.012 + half))

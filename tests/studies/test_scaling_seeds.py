@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from genrec_dist.studies.scaling.seeds import difference, gain_per_doubling, mean_at
+from genrec_dist.studies.scaling.seeds import TwoWay, difference, gain_per_doubling, mean_at_large, mean_of
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
+
+
+def seed_effects(draw, seeds=(0, 1), seed_effect=0.01):
+    """What `layout` adds for each seed."""
+    rng = np.random.default_rng(draw)
+    return {seed: seed_effect * rng.standard_normal() for seed in seeds}
 
 
 def layout(noise=0.001, seeds=(0, 1), seed_effect=0.01, gain=0.0, draw=0):
@@ -32,17 +38,22 @@ def test_with_one_depth_a_mean_has_its_own_t_interval():
     values = {8: {0: 0.050, 1: 0.052, 2: 0.057}}
     own = list(values[8].values())
     reference = stats.t.interval(0.95, 2, np.mean(own), stats.sem(own))
-    assert mean_at(values, 8).interval == pytest.approx(reference)
+    for mean in (mean_of(values, 8), mean_at_large(values, 8)):
+        assert mean.interval == pytest.approx(reference)
 
 
 def test_pooled_noise_by_hand():
     values = {1: {0: 1.0, 1: 1.2}, 2: {0: 1.1, 1: 1.5}, 4: {0: 1.3, 1: 1.4}}
     differences = [0.2, 0.4, 0.1]  # of the seeds, at each depth
-    within = np.sqrt(sum(d**2 / 2 for d in differences) / 3)
-    mean = mean_at(values, 2)
-    assert mean.mean == pytest.approx(1.3)
-    assert mean.interval[1] - mean.mean == pytest.approx(stats.t.ppf(0.975, 3) * within / np.sqrt(2))
     left = np.sqrt(sum((d - np.mean(differences)) ** 2 / 2 for d in differences) / 2)  # without the seeds' effect
+    mean = mean_of(values, 2)
+    assert mean.mean == pytest.approx(1.3)
+    assert mean.interval[1] - mean.mean == pytest.approx(stats.t.ppf(0.975, 2) * left / np.sqrt(2))
+    seeds = 3 * np.mean(differences) ** 2 / 2  # mean square between seeds, 1 degree of freedom
+    parts = seeds / 3, left**2 * 2 / 3
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 + parts[1] ** 2 / 2)
+    large = mean_at_large(values, 2)
+    assert large.interval[1] - large.mean == pytest.approx(stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts) / 2))
     change = difference(values, 4, 1)
     assert change.mean == pytest.approx(0.25)
     assert change.interval[1] - change.mean == pytest.approx(stats.t.ppf(0.975, 2) * left)
@@ -51,19 +62,47 @@ def test_pooled_noise_by_hand():
 def test_what_a_seed_adds_at_every_depth_does_not_widen_a_difference():
     wide, narrow = layout(seed_effect=0.1), layout(seed_effect=0.0)
     assert difference(wide, 32, 8).interval == pytest.approx(difference(narrow, 32, 8).interval)
-    assert np.ptp(mean_at(wide, 8).interval) > 10 * np.ptp(mean_at(narrow, 8).interval)
+    assert np.ptp(mean_of(wide, 8).interval) == pytest.approx(np.ptp(mean_of(narrow, 8).interval))
+    assert np.ptp(mean_at_large(wide, 8).interval) > 10 * np.ptp(mean_at_large(narrow, 8).interval)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    gain, hits = 0.002, np.zeros(3)
+    gain, hits = 0.002, np.zeros(5)
     for draw in range(400):
         values = layout(gain=gain, draw=draw)
         del values[16][1]  # an empty cell
         found = difference(values, 32, 8), gain_per_doubling(values, 8, 32)
         hits[:2] += [f.interval[0] <= true <= f.interval[1] for f, true in zip(found, (2 * gain, gain), strict=True)]
-        mean = mean_at(layout(gain=gain, draw=draw, seed_effect=0.0), 8)
-        hits[2] += mean.interval[0] <= 0.05 + 3 * gain <= mean.interval[1]
+        values, effects = layout(gain=gain, draw=draw), seed_effects(draw)
+        for place, (found, true) in enumerate(
+            [
+                (mean_of(values, 8), np.mean(list(effects.values()))),
+                (mean_at_large(layout(gain=gain, draw=draw, seed_effect=0.0), 8), 0.0),
+                (mean_at_large(layout(gain=gain, draw=draw, seed_effect=0.001), 8), 0.0),
+            ]
+        ):
+            hits[2 + place] += found.interval[0] <= 0.05 + 3 * gain + true <= found.interval[1]
     assert (np.abs(hits / 400 - 0.95) < 0.035).all(), hits / 400
+
+
+def test_a_mean_for_seeds_at_large_holds_the_truth_whatever_the_seeds_add():
+    for seed_effect, seeds in ((0.003, (0, 1)), (0.003, (0, 1, 2)), (0.01, (0, 1, 2, 3))):
+        found = [mean_at_large(layout(draw=d, seed_effect=seed_effect, seeds=seeds), 8).interval for d in range(400)]
+        share = np.mean([low <= 0.05 <= high for low, high in found])
+        assert 0.88 <= share <= 0.985, (seed_effect, seeds, share)
+
+
+def test_what_a_seed_adds_is_found_about_zero_and_only_where_runs_tell_it():
+    effects = {0: 0.01, 1: -0.02, 2: 0.004}
+    cells = [(d, s) for d in (1, 2, 4) for s in effects if (d, s) != (4, 2)]
+    depth, seed = np.array(cells).T
+    y = np.log2(depth) + [effects[s] for s in seed]
+    found = TwoWay(depth, seed).effects @ y
+    assert found.mean() == pytest.approx(0, abs=1e-12)
+    assert found[0] - found[1] == pytest.approx(0.03)
+    apart = TwoWay(np.array([1, 1, 2, 2]), np.array([0, 1, 2, 3]))
+    assert (apart.num_effects, apart.effects.any()) == (0, False)
+    assert TwoWay(np.array([1, 2, 4]), np.array([0, 0, 0])).num_effects == 0
 
 
 def test_gain_of_full_layouts_is_the_mean_slope_of_the_seeds():
@@ -82,4 +121,5 @@ def test_what_cannot_be_told_is_none():
     single = {8: {0: 0.05}, 32: {0: 0.06}}
     assert difference(single, 32, 8).mean == pytest.approx(0.01)
     assert difference(single, 32, 8).interval is None
-    assert mean_at(single, 8).interval is None
+    assert mean_of(single, 8).interval is None
+    assert mean_at_large(single, 8).interval is None

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from genrec_dist.studies.scaling.points import finished, value_of
-from genrec_dist.studies.scaling.seeds import Estimate, difference, gain_per_doubling, mean_at
+from genrec_dist.studies.scaling.seeds import TAIL, Estimate, difference, gain_per_doubling, mean_at_large
 from genrec_dist.studies.scaling.trials import Trial
 
 Judgement = Literal["confirmed", "contradicted", "undecided"]
@@ -126,9 +126,9 @@ def judge(trials: Sequence[Trial], claim: DepthClaim, metric: str) -> ClaimVerdi
 def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimVerdict:
     """Judge a lead: confirmed when the interval at every depth is above zero, contradicted when one is below.
 
-    Differences are paired by depth and seed; their spread about the mean of their depth is pooled over all depths. One
-    depth below is enough to contradict, so that side's level is shared out over the depths (Bonferroni). A sweep that
-    lacks a pair at a depth cannot confirm.
+    Differences are paired by depth and seed. Their intervals are for seeds at large: what a seed adds to the lead at
+    every depth counts. One depth below is enough to contradict, so that side's level is shared out over the depths
+    (Bonferroni). A sweep that lacks a pair at a depth cannot confirm.
     """
     ours, others = by_seed(trials, claim.arm, metric), by_seed(trials, claim.other, metric)
     asked = sorted({trial.depth for trial in trials if trial.arm in (claim.arm, claim.other)})
@@ -142,7 +142,7 @@ def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimV
             relative[depth] = float(np.mean(list(leads[depth].values()))) / base if base else float("nan")
     if not leads:
         return ClaimVerdict(claim, metric, "undecided", f"{_label(metric)}: no depth and seed has both.", None)
-    found = {depth: mean_at(leads, depth) for depth in leads}
+    found = {depth: mean_at_large(leads, depth) for depth in leads}
     ahead = [depth for depth, each in found.items() if each.mean > 0]
     most, least = max(relative, key=relative.__getitem__), min(relative, key=relative.__getitem__)
     said = (
@@ -157,7 +157,7 @@ def judge_lead(trials: Sequence[Trial], claim: LeadClaim, metric: str) -> ClaimV
     if lead.interval is None:
         sentence = f"{said}; one seed, so no interval."
         return ClaimVerdict(claim, metric, "undecided", sentence.replace("-", "−"), lead)
-    shared_out = [mean_at(leads, depth, 0.025 / len(leads)).interval for depth in leads]
+    shared_out = [mean_at_large(leads, depth, TAIL / len(leads)).interval for depth in leads]
     judgement: Judgement = "undecided"
     if not lacking and all(each.interval and each.interval[0] > 0 for each in found.values()):
         judgement = "confirmed"

@@ -29,7 +29,7 @@ from genrec_dist.studies.scaling.plot import (
     swatches,
 )
 from genrec_dist.studies.scaling.points import COMPUTE, LOSS, LOSSES, LOWEST_LOSS, QUANTITIES, SIZES, Points
-from genrec_dist.studies.scaling.seeds import mean_at
+from genrec_dist.studies.scaling.seeds import mean_of
 from genrec_dist.studies.scaling.study import MAIN_SIZE, Case, ScalingStudy
 
 GRID_POINTS = 90
@@ -60,8 +60,9 @@ def loss_over_sizes(study: ScalingStudy, sizes: Sequence[str], name: str, loss: 
     if not panels:
         return None
     caption = (
-        "Each mark is one run; nothing is averaged. Line: fitted power law, with the 95% confidence band of its "
-        "bootstrap. Below: by how much a run lies above (+) or below its arm's curve. A curve is drawn whether or not "
+        "Each mark is one run; nothing is averaged. Line: fitted power law of the seeds in the mean, with the 95% "
+        "confidence band of its bootstrap. Below: by how much a run lies above (+) or below its arm's curve; what its "
+        "seed adds at every depth is part of that and was allowed for in the fit. A curve is drawn whether or not "
         "a power law is supported; the verdict says that."
     )
     if loss == LOWEST_LOSS:
@@ -128,8 +129,8 @@ def metrics_over_size(study: ScalingStudy) -> Plot | None:
     if not panels:
         return None
     caption = (
-        "Small marks: runs. Large marks: means over seeds with 95% t intervals, the noise pooled over the depths "
-        "of an arm. Line and band: M∞ − A N^−α, fitted to the runs."
+        "Small marks: runs. Large marks: means over seeds with 95% t intervals for these seeds, the noise pooled over "
+        "the depths of an arm. Line and band: M∞ − A N^−α, fitted to the runs."
     )
     return Plot("metrics", panels, caption, rows, swatches(study.arms))
 
@@ -190,7 +191,8 @@ def extrapolation(study: ScalingStudy) -> Plot | None:
     fitted_to = rows[0]["fitted_to_depth"]
     caption = (
         f"A power law in {SIZES[MAIN_SIZE]} was fitted to runs of at most {fitted_to} layers and asked for the deeper "
-        "ones. Bar: prediction with the 95% interval of one run. Marks beside it: the runs themselves."
+        "ones. Bar: prediction with the 95% interval of one run, in the mean of the seeds; the CSV has those of each "
+        "seed. Marks beside it: the runs themselves."
     )
     return Plot("extrapolation", panels, caption, rows, swatches(study.arms), small=len(panels) == 3)
 
@@ -260,7 +262,7 @@ def _means(points: Points, index: int, arm: str) -> list[dict]:
         values.setdefault(depth, {})[seed] = value
     for depth in points.depths:
         at = points.depth == depth
-        found = mean_at(values, depth)
+        found = mean_of(values, depth)
         if found.interval:
             x.append(np.exp(np.log(points.x[at]).mean()))
             y.append(found.mean)

@@ -40,6 +40,7 @@ class Points:
     Shapes:
         x, y: (num_runs,) float64, positive; sorted by depth, then seed.
         depth, seed: (num_runs,) int64.
+        epoch: (num_runs,) float64, at whose end the lowest loss was; of other quantities NaN.
     """
 
     arm: str
@@ -49,6 +50,7 @@ class Points:
     y: np.ndarray
     depth: np.ndarray
     seed: np.ndarray
+    epoch: np.ndarray
 
     @property
     def sign(self) -> int:
@@ -72,7 +74,7 @@ class Points:
 
     def where(self, chosen: np.ndarray) -> Points:
         """The points of a boolean mask."""
-        parts = (part[chosen] for part in (self.x, self.y, self.depth, self.seed))
+        parts = (part[chosen] for part in (self.x, self.y, self.depth, self.seed, self.epoch))
         return Points(self.arm, self.size, self.quantity, *parts)
 
 
@@ -123,7 +125,7 @@ def points_of(trials: Sequence[Trial], arm: str, size: str, quantity: str) -> Po
     Raises:
         DataError: a number is not positive and finite, or two finished trials have one depth and seed.
     """
-    rows: dict[tuple[int, int], tuple[float, float]] = {}
+    rows: dict[tuple[int, int], tuple[float, float, float]] = {}
     for trial in finished(trials):
         x, y = size_of(trial, size, quantity), value_of(trial, quantity)
         if trial.arm != arm or x is None or y is None:
@@ -145,6 +147,7 @@ def points_of(trials: Sequence[Trial], arm: str, size: str, quantity: str) -> Po
                     expected="positive and finite",
                     fix="look at the run; a run that failed must have the state 'failed'",
                 )
-        rows[trial.depth, trial.seed] = float(x), float(y)
-    table = np.array([(*value, *key) for key, value in rows.items()], dtype=float).reshape(-1, 4)
-    return Points(arm, size, quantity, table[:, 0], table[:, 1], table[:, 2].astype(int), table[:, 3].astype(int))
+        lowest = _lowest(trial) if quantity == LOWEST_LOSS else None
+        rows[trial.depth, trial.seed] = float(x), float(y), lowest.epoch if lowest else np.nan
+    table = np.array([(*value, *key) for key, value in rows.items()], dtype=float).reshape(-1, 5).T
+    return Points(arm, size, quantity, table[0], table[1], table[3].astype(int), table[4].astype(int), table[2])

@@ -26,7 +26,7 @@ from genrec_dist.studies.scaling.plot import (
     swatches,
 )
 from genrec_dist.studies.scaling.points import LOSSES, QUANTITIES
-from genrec_dist.studies.scaling.seeds import difference, mean_at
+from genrec_dist.studies.scaling.seeds import difference, mean_of
 from genrec_dist.studies.scaling.study import ScalingStudy
 from genrec_dist.studies.scaling.trials import CurvePoint, Trial
 
@@ -48,7 +48,7 @@ def by_depth(study: ScalingStudy) -> Plot | None:
             if not values:
                 continue
             depths = sorted(values)
-            found = [mean_at(values, d) for d in depths]
+            found = [mean_of(values, d) for d in depths]
             means = [f.mean for f in found]
             hover = [f"{arm}, {d} layers\n{_said(f)}" for d, f in zip(depths, found, strict=True)]
             edges = [f.interval or (f.mean, f.mean) for f in found]
@@ -84,7 +84,7 @@ def by_depth(study: ScalingStudy) -> Plot | None:
     if not panels:
         return None
     caption = (
-        f"By depth: means over seeds with 95% t intervals. Change from {BASE_DEPTH} layers: of the same seeds, which "
+        f"By depth: means over seeds with 95% t intervals for these seeds. Change from {BASE_DEPTH} layers: of the same seeds, which "
         "takes out what a seed adds at every depth, with 95% t intervals; one that covers zero decides nothing. The "
         "noise of a run is pooled over the depths of its arm; with one seed there is no interval."
     )

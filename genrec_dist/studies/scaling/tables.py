@@ -63,7 +63,7 @@ def fits(study: ScalingStudy, sizes: Sequence[str]) -> Table:
         )
     caption = (
         "E + A N^−α for the loss, M∞ − A N^−α for metrics. Below a number: its 95% bootstrap interval. Noise: standard "
-        "deviation of one run about the curve. Left out: root mean square relative error at depths left out in turn."
+        "deviation of one run about the curve of its seed. Left out: root mean square relative error at depths left out in turn."
     )
     head = ["arm", "of", "over", "α", "E or M∞", "A", "noise", "left out", "lowest AICc", "runs"]
     return Table(head, rows, caption, {0, 1, 2, 8})
@@ -96,7 +96,8 @@ def claims(study: ScalingStudy) -> Table:
         "Of depths: confirmed or contradicted where the 95% t interval of the difference over the same seeds, the "
         "noise of a run pooled over the depths of its arm, is on one side of zero; undecided where it covers zero, or "
         "a depth or a second seed is missing. Of two systems: confirmed where the interval of every depth is above "
-        "zero, contradicted where one is below. No value was read off the figure."
+        "zero, contradicted where one is below; these intervals are for seeds at large. No value was read off the "
+        "figure."
     )
     return Table(["claim of PRORec, Figure 6", "", "in these runs"], rows, caption, {0, 1, 2})
 
@@ -188,7 +189,7 @@ def choices(study: ScalingStudy, facts: Mapping[str, str]) -> Table:
         "Counting of N": f"figures and verdicts: {SIZES[MAIN_SIZE]}; counted: {', '.join(counted) or 'nothing'}",
         "Compute C": "FLOPs of the training up to the best checkpoint, as the trial gives them",
         "Seeds a depth": "; ".join(f"{arm}: {_range(counts)}" for arm, counts in seeds.items()),
-        "Points": "every finished run, no means over seeds, none left out",
+        "Points": "every finished run, no means over seeds, none left out; what a seed adds at every depth is fitted",
         "Loss": "bits an item of the best checkpoint on the validation set; lowest loss: the least of the training's "
         "validations, and the FLOPs up to it; metrics are of the test set",
         "Schedule": facts.get("schedule", NOT_STATED),
@@ -199,8 +200,8 @@ def choices(study: ScalingStudy, facts: Mapping[str, str]) -> Table:
         "Hardware": "; ".join(dict.fromkeys(t.hardware for t in done if t.hardware)) or NOT_STATED,
         "Commits": ", ".join(dict.fromkeys(t.commit[:10] for t in done if t.commit)) or NOT_STATED,
         "Fit": "sum of Huber losses of log residuals, δ = 0.001; exhaustive search over the exponent",
-        "Intervals": "95%, percentiles of a smoothed bootstrap of the runs' residuals; of means over seeds and "
-        "of differences: t, the noise of a run pooled over the depths of its arm",
+        "Intervals": "95%, for these seeds: percentiles of a smoothed bootstrap of the runs' residuals; of means over "
+        "seeds and of differences: t, the noise of a run pooled over the depths of its arm",
         "Extrapolation test": f"fitted on at most {HELD_OUT_ABOVE} layers, asked for the deeper runs",
     }
     known = {"schedule", "data", "order", "early stopping", "tuning"}

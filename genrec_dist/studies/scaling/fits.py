@@ -1,10 +1,11 @@
 """Scaling fits of one arm: parameters with intervals, choice between families, prediction of runs left out.
 
 All runs enter, no mean over seeds does. What a seed adds to the log at every depth (its order of batches, Stage I,
-codes) is no noise of the run: it is estimated by depth (seeds.py), whatever the curve, and taken out. The loss is the sum over runs of Huber losses of log residuals with
-delta = 0.001 (Hoffmann et al. 2022, approach 3). Besiroglu et al. 2024 showed what went wrong there: the mean instead
-of the sum let the optimiser stop early, and the intervals came out too narrow. Here the search is exhaustive
-(curves.py) and a test measures how often the intervals cover the truth. Reads points, writes nothing, draws nothing.
+codes) is no noise of the run: it is estimated by depth (seeds.py), whatever the curve, and taken out. The loss is the
+sum over runs of Huber losses of log residuals with delta = 0.001 (Hoffmann et al. 2022, approach 3). Besiroglu et al.
+2024 showed what went wrong there: the mean instead of the sum let the optimiser stop early, and the intervals came out
+too narrow. Here the search is exhaustive (curves.py) and a test measures how often the intervals cover the truth. Reads
+points, writes nothing, draws nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class FamilyFit:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """E + A N^-alpha, or M∞ - A N^-alpha for a metric, with bootstrap intervals. All are of the runs' seeds in the mean.
+    """E + A N^-alpha, or M∞ - A N^-alpha for a metric, of the runs' seeds in the mean, with bootstrap intervals.
 
     Args:
         e, a, alpha: of N as it is counted, not rescaled.
@@ -216,8 +217,9 @@ def bootstrap(points: Points, num_resamples: int = NUM_RESAMPLES, seed: int = 0)
     Each resample keeps every run's size and draws its log residual, with replacement, from those of all runs about the
     fitted curve and their seed's offset, and estimates the offsets anew. So one seed a depth suffices, and what the
     curve fails to follow counts as noise. Two corrections keep the intervals from being too narrow: residuals are
-    widened by sqrt(n / (n - k)) for the k parameters, three and the offsets, they were fitted with, and a normal kernel of Silverman's width is added, because a fit of absolute residuals passes exactly
-    through some runs, whose residuals of zero would be drawn again and again.
+    widened by sqrt(n / (n - k)) for the k parameters, three and the offsets, they were fitted with, and a normal kernel
+    of Silverman's width is added, because a fit of absolute residuals passes exactly through some runs, whose residuals
+    of zero would be drawn again and again.
 
     Source:
         Efron and Tibshirani 1993, 9.4 and 13.3; Davison and Hinkley 1997, 6.2.3 (widening); De Angelis, Hall and Young

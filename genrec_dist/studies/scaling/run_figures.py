@@ -84,9 +84,9 @@ def by_depth(study: ScalingStudy) -> Plot | None:
     if not panels:
         return None
     caption = (
-        f"By depth: means over seeds with 95% t intervals for these seeds. Change from {BASE_DEPTH} layers: of the same seeds, which "
-        "takes out what a seed adds at every depth, with 95% t intervals; one that covers zero decides nothing. The "
-        "noise of a run is pooled over the depths of its arm; with one seed there is no interval."
+        f"By depth: means over seeds with 95% t intervals for these seeds. Change from {BASE_DEPTH} layers: of the "
+        "same seeds, which takes out what a seed adds at every depth, with 95% t intervals; one that covers zero "
+        "decides nothing. The noise of a run is pooled over the depths of its arm; with one seed there is no interval."
     )
     return Plot("by-depth", panels, caption, rows, swatches(study.arms))
 

@@ -43,7 +43,7 @@ class TwoWay:
         depth, seed: of each run.
 
     Shapes:
-        depth, seed: (num_runs,) int. design: (num_runs, num_depths + num_seeds), 0 and 1; inverse: its transpose's shape.
+        depth, seed: (num_runs,) int. design: (num_runs, num_depths + num_seeds), 0 and 1; inverse: its transpose's.
 
     Source:
         Scheffé, The Analysis of Variance, 1959, chapter 4.
@@ -102,15 +102,15 @@ def mean_of(values: BySeed, depth: int) -> Estimate:
 def mean_at_large(values: BySeed, depth: int, tail: float = TAIL) -> Estimate:
     """Mean at a depth, with the interval for seeds at large: a seed's effect at every depth is drawn anew with it.
 
-    With few seeds most of the degrees of freedom are lost with them: two seeds that differ have a t factor of up to 12.7.
+    With few seeds few degrees of freedom are left: two seeds that differ have a t factor of up to 12.7.
 
     Args:
         tail: probability beyond each end of the interval.
 
     Source:
-        Two-way layout with random effects of the seeds, variance by the method of moments (Searle, Casella and McCulloch,
-        Variance Components, 1992, chapter 5), degrees of freedom of Satterthwaite 1946; where too few runs tell seeds
-        from noise, the spread about the means of the depths.
+        Two-way layout with random effects of the seeds, variance by the method of moments (Searle, Casella and
+        McCulloch, Variance Components, 1992, chapter 5), degrees of freedom of Satterthwaite 1946; where too few runs
+        tell seeds from noise, the spread about the means of the depths.
     """
     own = np.array(list(values[depth].values()), float)
     mean, scale = float(own.mean()), float(np.sqrt(1 / len(own)))

@@ -63,7 +63,8 @@ def fits(study: ScalingStudy, sizes: Sequence[str]) -> Table:
         )
     caption = (
         "E + A N^−α for the loss, M∞ − A N^−α for metrics. Below a number: its 95% bootstrap interval. Noise: standard "
-        "deviation of one run about the curve of its seed. Left out: root mean square relative error at depths left out in turn."
+        "deviation of one run about the curve of its seed. Left out: root mean square relative error at depths left "
+        "out in turn."
     )
     head = ["arm", "of", "over", "α", "E or M∞", "A", "noise", "left out", "lowest AICc", "runs"]
     return Table(head, rows, caption, {0, 1, 2, 8})

@@ -36,6 +36,11 @@ class GeneratorConfig(Section):
     head_similarity: Literal["dot", "cosine"] = "cosine"
     head_temperature: float = Field(0.07, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    level_decay: float = Field(
+        1.0,
+        gt=0,
+        description="what the loss of a code counts for, over that of the code before it; 1: all alike (paper)",
+    )
     distill_weight: float = Field(1.0, ge=0, description="beta of equation 8; 0 removes the token")
     distill_position: Literal["end", "start"] = Field(
         "end", description="end: after the codes (paper); start: before them, so it sees only the user"

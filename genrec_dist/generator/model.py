@@ -317,11 +317,14 @@ class Generator(nn.Module):
         by_level = code_losses(self.head, self.trie, hidden[:, bos:], path_BL, depth_B, smoothing, table, soft)
         loss_gen = torch.stack(by_level).sum() / batch["count"]
         losses = {"loss": loss_gen, "loss_gen": loss_gen}
+        if config.level_decay != 1:
+            weighted = [config.level_decay**level * loss for level, loss in enumerate(by_level)]
+            losses["loss"] = torch.stack(weighted).sum() / batch["count"]
         if config.distill_weight:
             at = depth_B + 1 if at_end else torch.zeros_like(depth_B)
             query = self.distilled(hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0])
             losses["loss_distill"] = self._distill_loss(query, target, batch, soft) / batch["count"]
-            losses["loss"] = loss_gen + config.distill_weight * losses["loss_distill"]
+            losses["loss"] = losses["loss"] + config.distill_weight * losses["loss_distill"]
         return losses
 
     def _distill_loss(

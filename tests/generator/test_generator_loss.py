@@ -24,25 +24,27 @@ def batch_of(num_rows: int, seed: int = 0) -> dict:
 
 @pytest.mark.parametrize("head", ["child", "per_level"])
 @pytest.mark.parametrize("position", ["end", "start"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_losses_by_hand(head, position, smoothing):
+@pytest.mark.parametrize(("smoothing", "decay"), [(0.0, 1.0), (0.2, 0.5)])
+def test_losses_by_hand(head, position, smoothing, decay):
     trie = tiny_trie(NUM_ITEMS, 4, seed=3)
     assert len(set(trie.depth)) > 1
-    model = tiny_generator(trie, head=head, distill_position=position, label_smoothing=smoothing, distill_weight=0.6)
+    settings = {"label_smoothing": smoothing, "level_decay": decay, "distill_weight": 0.6}
+    model = tiny_generator(trie, head=head, distill_position=position, **settings)
     batch = batch_of(NUM_ITEMS)
     losses = {name: value.detach() for name, value in model(batch).items()}
-    brute, code_loss, distill_loss = BruteForce(model, trie.codes, trie.depth), 0.0, 0.0
+    brute, code_loss, weighted, distill_loss = BruteForce(model, trie.codes, trie.depth), 0.0, 0.0, 0.0
     for history, mask, target in zip(batch["history"], batch["mask"], batch["target"].tolist()):
         row = history[mask].tolist()
         with torch.no_grad():
-            for logits, right in brute.steps(row, target, every_code=head == "per_level"):
+            for level, (logits, right) in enumerate(brute.steps(row, target, every_code=head == "per_level")):
                 log_p = (logits.double().exp() / logits.double().exp().sum()).log()
-                code_loss -= (1 - smoothing) * float(log_p[right]) + smoothing * float(log_p.mean())
+                loss = -(1 - smoothing) * float(log_p[right]) - smoothing * float(log_p.mean())
+                code_loss, weighted = code_loss + loss, weighted + decay**level * loss
             dense = np.array([brute.dense_logit(row, item, behind=target) for item in range(NUM_ITEMS)])
         distill_loss -= dense[target] - np.log(np.exp(dense).sum())
     assert float(losses["loss_gen"]) == pytest.approx(code_loss / NUM_ITEMS, rel=1e-5)
     assert float(losses["loss_distill"]) == pytest.approx(distill_loss / NUM_ITEMS, rel=1e-5)
-    assert float(losses["loss"]) == pytest.approx((code_loss + 0.6 * distill_loss) / NUM_ITEMS, rel=1e-5)
+    assert float(losses["loss"]) == pytest.approx((weighted + 0.6 * distill_loss) / NUM_ITEMS, rel=1e-5)
 
 
 def test_code_loss_of_the_child_head_is_the_log_probability_that_search_uses():

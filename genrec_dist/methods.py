@@ -125,6 +125,6 @@ def collect_metrics(config: Config, run: RunFolder) -> dict:
         "method": config.method,
         "main": read_json(run.artifact("evaluation") / "metrics.json"),
         "references": {
-            name: read_json(run.artifact(f"evaluation {name}") / "metrics.json") for name in config.references
+            name: read_json(run.artifact(f"evaluation {name}") / "metrics.json") for name in config.active_references
         },
     }

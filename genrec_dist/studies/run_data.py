@@ -91,7 +91,7 @@ class RunData:
         known = self._summary.get("references", {})
         found = {
             name: known.get(name) or self.json(f"{EVALUATION} {name}", "metrics.json")
-            for name in [*self.config.references, *known]
+            for name in [*self.config.active_references, *known]
         }
         return {name: metrics for name, metrics in found.items() if metrics}
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from genrec_dist.artifacts.files import write_json
 from genrec_dist.collaborative.stage import load_fusion
 from genrec_dist.config import Config, FusionConfig, RuntimeConfig
 from genrec_dist.evaluation.dense import by_history, dense_ranks
@@ -19,7 +20,8 @@ from genrec_dist.evaluation.generative import GenerativeRanker
 from genrec_dist.evaluation.metrics import rank_metrics
 from genrec_dist.evaluation.ranking import rank_users
 from genrec_dist.generator.beam import exact_log_probabilities, node_log_probabilities
-from genrec_dist.methods import build_stages
+from genrec_dist.methods import build_stages, collect_metrics
+from genrec_dist.runs import RunFolder
 from genrec_dist.testing.tiny import (
     tiny_embeddings,
     tiny_generator,
@@ -159,6 +161,20 @@ def test_stage_one_is_a_reference_of_prorec_only():
         Config(method="csj_id", references=["stage_one"])
     text_alone = Config(method="prorec", references=["popularity", "stage_one"], fusion=FusionConfig(mode="semantic"))
     assert text_alone.active_references == ["popularity"]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("joint", ["popularity", "stage_one"]), ("semantic", ["popularity"])])
+def test_metrics_are_collected_of_the_references_that_a_run_has(tmp_path, mode, expected):
+    config = Config(method="prorec", references=["popularity", "stage_one"], fusion=FusionConfig(mode=mode))
+    run = RunFolder(tmp_path, "one")
+    run.create(config, [])
+    for place, stage in enumerate(stage for stage in build_stages(config) if stage.name == "evaluation"):
+        folder = tmp_path / "store" / str(place)
+        write_json(folder / "metrics.json", {"title": stage.title})
+        run.link(stage.title, stage.name, str(place), folder)
+    found = collect_metrics(config, run)
+    assert found["main"] == {"title": "evaluation"}
+    assert found["references"] == {name: {"title": f"evaluation {name}"} for name in expected}
 
 
 def test_a_run_without_a_generator_is_refused(tmp_path):

@@ -170,12 +170,17 @@ def status(
 @app.command()
 @guarded
 def report(run: RunName, runs: RunsPath = RUNS) -> None:
-    """Write the HTML report of a run or a sweep again."""
+    """Write the HTML report of a run or a sweep again; of a sweep also from its report.json alone."""
     from genrec_dist.artifacts.places import is_url
     from genrec_dist.runs import RunFolder
     from genrec_dist.studies.scaling.sweep_folder import SweepFolder
     from launcher.results import make_report
 
+    if Path(run).suffix == ".json":
+        from genrec_dist.studies.scaling.report import rewrite_report
+
+        typer.echo(str(rewrite_report(Path(run))))
+        return
     sweep = None if is_url(runs) or is_url(run) else SweepFolder.find(Path(runs), run)
     if sweep is not None:
         from launcher.sweep_report import write_sweep_report

@@ -27,7 +27,7 @@ def trial(arm: str, depth: int, seed: int, bits: float | None, ndcg: float, **mo
     flops = 6.0 * layers * 4e8
     points = tuple(
         CurvePoint(
-            epoch=epoch,
+            epoch=float(epoch),
             step=100 * epoch,
             flops=flops * epoch / 8,
             train_loss=(bits or 9) + 3 / epoch,

@@ -20,8 +20,8 @@ from made_trials import DEPTHS, power, sweep
 from genrec_dist.artifacts.files import read_json
 from genrec_dist.errors import DataError
 from genrec_dist.studies.scaling.plot import end_labels, log_ticks, scientific, si
-from genrec_dist.studies.scaling.report import write_report
-from genrec_dist.studies.scaling.trials import Trial
+from genrec_dist.studies.scaling.report import rewrite_report, write_report
+from genrec_dist.studies.scaling.trials import Trial, record_of, trials_of
 
 HOSTILE = "</script><script>alert('x')</script>&<b>"
 FACTS = {"data": "made up", "order": "time", "generator": "of the tests"}
@@ -196,6 +196,45 @@ def test_a_page_is_written_of_whatever_there_is(made, browser, tmp_path):
     browser.open(path, 1280)
     assert browser.complaints() == []
     assert [name for name, traces, _ in browser.run(DRAWN) if not traces] == []
+
+
+def test_a_report_is_written_again_from_its_record_alone(page, tmp_path):
+    record = tmp_path / "report.json"
+    record.write_bytes((page.parent / "report.json").read_bytes())
+    again = rewrite_report(record, num_resamples=60)
+    assert record.read_bytes() == (page.parent / "report.json").read_bytes()
+    for name in FIGURES:
+        assert (tmp_path / f"figures/{name}.csv").read_bytes() == (page.parent / f"figures/{name}.csv").read_bytes()
+    written = re.compile(r"Written [0-9 :-]+UTC")
+    assert written.sub("", again.read_text()) == written.sub("", page.read_text())
+
+
+def test_what_a_record_cannot_hold_is_left_out_and_the_rest_comes_back():
+    made = sweep(depths=(1,), seeds=1)[0]
+    curve = (dataclasses.replace(made.curve[0], bits_per_item=float("nan")), *made.curve[1:])
+    diverged = dataclasses.replace(made, curve=curve, mfu=float("inf"))
+    record = json.loads(json.dumps(record_of(diverged), allow_nan=False))
+    cleaned = (dataclasses.replace(made.curve[0], bits_per_item=None), *made.curve[1:])
+    assert trials_of([record], Path("x")) == [dataclasses.replace(made, curve=cleaned, mfu=None)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "FileNotFoundError"),
+        ("{", "JSONDecodeError"),
+        ("[]", "not the record"),
+        ('{"title": "of an earlier version", "facts": {}}', "write the report from the runs"),
+        ('{"title": "t", "facts": {}, "trials": [{"name": "a"}]}', "trials.0.arm"),
+    ],
+)
+def test_a_file_that_is_no_record_is_refused(tmp_path, content, said):
+    record = tmp_path / "report.json"
+    if content is not None:
+        record.write_text(content)
+    with pytest.raises(DataError, match=said):
+        rewrite_report(record)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_no_trials_no_report(tmp_path):

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from genrec_dist import __version__
-from genrec_dist.artifacts.files import write_atomic, write_json
+from genrec_dist.artifacts.files import read_json, write_atomic, write_json
 from genrec_dist.errors import DataError
 from genrec_dist.studies.blocks import Block, Details, Section, Text, Tile
 from genrec_dist.studies.report import TEMPLATES, render
@@ -25,9 +25,10 @@ from genrec_dist.studies.scaling.fits import NUM_RESAMPLES
 from genrec_dist.studies.scaling.plot import Plot
 from genrec_dist.studies.scaling.points import COMPUTE, LOSS, LOWEST_LOSS
 from genrec_dist.studies.scaling.study import MAIN_SIZE, ScalingStudy, study_of
-from genrec_dist.studies.scaling.trials import Trial
+from genrec_dist.studies.scaling.trials import Trial, record_of, trials_of
 
 FIGURES = "figures"
+RECORD = "report.json"
 
 
 def write_report(
@@ -41,7 +42,7 @@ def write_report(
 
     Args:
         trials: of all arms, also those without numbers, which are listed.
-        folder: gets report.html, report.json and figures/.
+        folder: gets report.html, report.json, from which `rewrite_report` makes it again, and figures/.
         title: of the page.
         facts: for the table of choices what trials do not say: 'schedule', 'data', 'order', 'early stopping', 'tuning';
             other keys become rows of their own.
@@ -62,7 +63,7 @@ def write_report(
             if isinstance(block, Plot):
                 write_atomic(folder / FIGURES / f"{block.id}.csv", block.csv().encode())
                 write_json(folder / FIGURES / f"{block.id}.json", block.as_dict())
-    write_json(folder / "report.json", _record(study, title, facts or {}))
+    write_json(folder / RECORD, _record(study, title, facts or {}))
     scripts = [get_plotlyjs(), (TEMPLATES / "scaling.js").read_text(encoding="utf-8")]
     page = render(
         "scaling.html",
@@ -81,6 +82,32 @@ def write_report(
     path = folder / "report.html"
     write_atomic(path, page.encode("utf-8"))
     return path
+
+
+def rewrite_report(record: Path, num_resamples: int = NUM_RESAMPLES) -> Path:
+    """Write a report again from its report.json, with the fits of this version; its runs are not needed.
+
+    Args:
+        record: report.json, beside which the report is written.
+        num_resamples: of each bootstrap.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        DataError: the file is no report's record or holds no trials, as those of earlier versions.
+    """
+    try:
+        kept = read_json(record)
+        title, facts = kept["title"], dict(kept["facts"])
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise DataError(
+            "not the record of a scaling report",
+            where=record,
+            got=f"{type(error).__name__}: {error}",
+            expected="a report.json that a sweep's report wrote",
+        ) from error
+    return write_report(trials_of(kept.get("trials"), record), record.parent, title, facts, num_resamples)
 
 
 def _sections(study: ScalingStudy, facts: Mapping[str, str]) -> list[Section]:
@@ -198,6 +225,7 @@ def _record(study: ScalingStudy, title: str, facts: Mapping[str, str]) -> dict:
             for t in study.trials
             if t.state != "finished"
         ],
+        "trials": [record_of(trial) for trial in study.trials],
         "genrec_dist": __version__,
     }
 

@@ -6,8 +6,15 @@ origin can be reported too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from genrec_dist.errors import DataError
 
 TrialState = Literal["finished", "running", "failed", "pending"]
 
@@ -28,8 +35,8 @@ class CurvePoint:
     epoch: float
     step: int
     flops: float
-    train_loss: float | None
-    bits_per_item: float | None
+    train_loss: float | None = None
+    bits_per_item: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -74,3 +81,40 @@ class Trial:
     hyperparameters: dict[str, str | int | float | bool] = field(default_factory=dict)
     hardware: str = ""
     commit: str = ""
+
+
+def record_of(trial: Trial) -> dict[str, Any]:
+    """A trial as plain data for JSON; numbers that are not finite, which JSON has not, are left out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            found = {key: plain(inner) for key, inner in value.items()}
+            return {key: inner for key, inner in found.items() if inner is not None}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return plain(asdict(trial))
+
+
+def trials_of(records: Any, where: Path) -> Sequence[Trial]:
+    """Trials from plain data.
+
+    Args:
+        records: list of them, as `record_of` makes them.
+        where: file that they stand in, for errors.
+
+    Raises:
+        DataError: it is no such list; the first fault is named.
+    """
+    try:
+        return TypeAdapter(list[Trial]).validate_python(records)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise DataError(
+            "not the trials of a scaling report",
+            where=f"{where}: {'.'.join(map(str, ('trials', *fault['loc'])))}",
+            got=fault["input"],
+            expected=fault["msg"],
+            fix="a report.json that an earlier version wrote has no trials: write the report from the runs",
+        ) from error

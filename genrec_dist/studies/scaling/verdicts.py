@@ -75,7 +75,7 @@ def judge_power_law(points: Points, fit: Fit | None) -> Verdict:
         against.append(f"the 95% interval of α, {low:.2f} to {high:.2f}, crosses zero")
     elif 0 < low < AT_ZERO or -AT_ZERO < high < 0:
         against.append(
-            f"the 95% interval of α, {low:.2f} to {high:.2f}, begins within {SMALLEST_EXPONENT:g} of zero, "
+            f"the 95% interval of α, {low:.2f} to {high:.2f}, comes within {SMALLEST_EXPONENT:g} of zero, "
             "from which nothing tells it"
         )
     elif high < 0:

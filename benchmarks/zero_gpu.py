@@ -34,7 +34,8 @@ from genrec_dist.config import OptimConfig, RuntimeConfig
 from genrec_dist.generator.model import Generator
 from genrec_dist.generator.stage import GeneratorTask
 from genrec_dist.generator.transformer import init_weights
-from genrec_dist.studies.sizes import ModelSize, training_memory
+from genrec_dist.studies.memory import training_memory
+from genrec_dist.studies.sizes import ModelSize
 from genrec_dist.testing.beauty_shape import beauty_generator, beauty_sequences
 from genrec_dist.training import deepspeed_engine
 from genrec_dist.training.engine import make_engine

@@ -21,6 +21,7 @@ from genrec_dist.config import Config
 from genrec_dist.pipeline import Stage, closure
 from genrec_dist.semantic.encoders import model_shape
 from genrec_dist.semantic.price import Price, price_embedding
+from genrec_dist.studies.memory import training_memory
 from genrec_dist.studies.sizes import (
     Batches,
     CodebookSize,
@@ -34,7 +35,6 @@ from genrec_dist.studies.sizes import (
     hstu_size,
     lightgcn_size,
     sasrec_size,
-    training_memory,
 )
 from launcher.run import has_unfinished, is_finished, trained_sections
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from genrec_dist.config import Config
 from genrec_dist.evaluation.dense import HELD
 from genrec_dist.evaluation.generative import users_of_search
+from genrec_dist.studies.memory import FLOAT, search_memory
 from genrec_dist.studies.scaling.counts import planned_parameters
 from genrec_dist.studies.scaling.ladder import DEPTH_KEYS
 from genrec_dist.studies.scaling.plan import Plan, PlannedTrial
-from genrec_dist.studies.sizes import FLOAT, CodebookSize, Counts, search_memory
+from genrec_dist.studies.sizes import CodebookSize, Counts
 from launcher.dryrun import Loop, catalog_counts, integrated_width, section_loop
 from launcher.run import is_finished
 

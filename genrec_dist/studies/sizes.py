@@ -1,4 +1,4 @@
-"""Sizes before anything runs: parameters by group, FLOPs, memory and batch arithmetic, by formula from the settings.
+"""Sizes before anything runs: parameters by group, FLOPs, activations, batch arithmetic, by formula from the settings.
 
 Pure arithmetic; imports no torch. The formulas follow generator/model.py, collaborative/fusion.py,
 baselines/sasrec.py and baselines/hstu.py, and the tests count the same on the real modules.
@@ -22,14 +22,16 @@ from genrec_dist.config import (
     IdentifierConfig,
     LightgcnConfig,
     OptimConfig,
-    RuntimeConfig,
     SasrecConfig,
 )
 
-FLOAT = 4
 VALUES_PER_TOKEN = 17
 """Values kept for the backward pass per token, width unit and layer with a 4 x wide feed-forward: 34 bytes at two
 bytes a value. Source: Korthikanti et al. (2022), equation 1, without the attention matrix (counted apart)."""
+
+TAUGHT_VALUES = 5.0
+"""Values a sample and item that a teacher adds: its probabilities, their sums below the nodes, and what soft labels of
+the catalog keep for the backward pass. An H100's allocator had 4.6 (Beauty) and 4.9 (Sports)."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def decoder_layer_flops(dim: int, multiplier: int, length: float, source: float)
     return encoder_layer_flops(dim, multiplier, length) + cross
 
 
-def _layer_values(dim: int, multiplier: int, heads: int, length: float, source: float) -> float:
+def layer_values(dim: int, multiplier: int, heads: int, length: float, source: float) -> float:
     wide = VALUES_PER_TOKEN + 2 * (multiplier - 4)
     return length * dim * wide + 2.0 * heads * length * source
 
@@ -222,9 +224,9 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
     flops += config.num_decoder_layers * decoder_layer_flops(dim, multiplier, target, source)
     flops += 2.0 * width * dim * (source * from_items + depth * child)
     flops += 2.0 * (depth * dim * width + width * scored) if child else 2.0 * depth * dim * codebook.num_codes
-    values = config.num_encoder_layers * _layer_values(dim, multiplier, config.num_heads, source, source)
+    values = config.num_encoder_layers * layer_values(dim, multiplier, config.num_heads, source, source)
     values += config.num_decoder_layers * (
-        _layer_values(dim, multiplier, config.num_heads, target, target)
+        layer_values(dim, multiplier, config.num_heads, target, target)
         + 6 * target * dim + 2 * source * dim + 2.0 * config.num_heads * target * source
     )  # fmt: skip
     # Gathered children below the first level are a (children, width) block a sample, kept raw and normalised.
@@ -235,6 +237,9 @@ def generator_size(config: GeneratorConfig, codebook: CodebookSize, num_items: i
         candidates = config.distill_negatives + 1 if config.distill_negatives else num_items
         flops += 2.0 * dim * width + 2.0 * width * (config.distill_negatives or num_items)
         values += 3.0 * candidates
+    if config.teacher_weight:
+        values += TAUGHT_VALUES * num_items
+        constants["teacher's table"] = num_items * width
     return ModelSize({k: round(v) for k, v in parameters.items() if v}, constants, flops, values)
 
 
@@ -259,7 +264,7 @@ def gpt_size(config: GptConfig, codebook: CodebookSize, width: int, mean_targets
     }
     flops = config.num_layers * encoder_layer_flops(dim, multiplier, places * depth)
     flops += items * (2.0 * depth * dim * width + 2.0 * width * scored if child else 2.0 * depth * dim * codes)
-    values = config.num_layers * _layer_values(dim, multiplier, config.num_heads, places * depth, places * depth)
+    values = config.num_layers * layer_values(dim, multiplier, config.num_heads, places * depth, places * depth)
     of_item = 2.0 * width * sum(codebook.widths[1:]) + 3.0 * scored if child else 3.0 * depth * codes
     return ModelSize(
         {k: round(v) for k, v in parameters.items() if v},
@@ -311,7 +316,7 @@ def fusion_size(config: FusionConfig, num_items: int, semantic_dim: int, mean_ta
         values += 10.0 * history * dim + 3.0 * candidates
     else:
         flops = config.num_layers * encoder_layer_flops(dim, 4, history) + 2.0 * dim * candidates * mean_targets
-        values = config.num_layers * _layer_values(dim, 4, config.num_heads, history, history)
+        values = config.num_layers * layer_values(dim, 4, config.num_heads, history, history)
         values += 3.0 * candidates * mean_targets
     values += distinct * 8.0 * dim / batch + history * config.time_bumps
     flops += _times_flops(config.time_bumps, dim, history)
@@ -332,7 +337,7 @@ def sasrec_size(config: SasrecConfig, num_items: int, mean_targets: float = 1.0)
         "backbone": _sasrec_backbone(dim, history, config.num_layers) + 2 * dim * config.input_norm,
     }
     flops = config.num_layers * encoder_layer_flops(dim, 4, history) + 2.0 * dim * num_items * mean_targets
-    values = config.num_layers * _layer_values(dim, 4, config.num_heads, history, history)
+    values = config.num_layers * layer_values(dim, 4, config.num_heads, history, history)
     logits = 3.0 * num_items
     return ModelSize(parameters, {}, flops, values + logits * mean_targets, logits * (history - mean_targets))
 
@@ -395,66 +400,3 @@ def batch_arithmetic(samples: int, optim: OptimConfig, num_workers: int) -> Batc
     return Batches(
         samples, optim.batch_size, optim.batch_size // num_workers, steps, optim.epochs, steps * optim.epochs
     )
-
-
-def training_memory(
-    size: ModelSize,
-    per_worker: int,
-    runtime: RuntimeConfig,
-    *,
-    zero: bool,
-    by_owner: tuple[str, ...] = (),
-    averaged: bool = False,
-) -> dict[str, float]:
-    """Bytes a worker holds in training, by kind: float32 parameters, gradients and two Adam moments.
-
-    Args:
-        size: the model.
-        per_worker: samples of a worker's batch.
-        runtime: number of workers and ZeRO stage.
-        zero: the engine shards by ZeRO (DeepSpeed): stage 1 shards the moments and its own copy of the parameters,
-            stage 2 the gradients too, stage 3 the parameters too.
-        by_owner: groups of values that are tables whose rows are shared out over graph partitions (halo rows come on
-            top).
-        averaged: an average of the weights is kept, sharded like the moments.
-    """
-    stage = runtime.zero_stage if zero else 0
-    workers = runtime.num_workers
-    share = lambda groups: sum(-(-n // workers) if name in by_owner else n for name, n in groups.items())  # noqa: E731
-    parameters, constants = share(size.parameters), share(size.constants)
-    copy = 1 if stage else 0
-    return {
-        "parameters": FLOAT * parameters / (workers if stage >= 3 else 1),
-        "gradients": FLOAT * parameters / (workers if stage >= 2 else 1),
-        "optimiser": (2 + copy + averaged) * FLOAT * parameters / (workers if stage >= 1 else 1),
-        "constants": FLOAT * constants,
-        "activations": FLOAT * size.activation_values * per_worker,
-    }
-
-
-def search_memory(config: GeneratorConfig | GptConfig, codebook: CodebookSize, users: int, width: int) -> float:
-    """Bytes that a GPU's allocator reserves for a beam search over a batch, captured or not.
-
-    Each layer holds keys and values of the users' histories. At each level it puts those of the beams into their new
-    order and copies them once more with a place added. Both are larger than what any level before has freed, so the
-    reserve is the sum over the levels. Beside the layers' keys and values one layer is at work at a time.
-
-    Args:
-        config: of the model.
-        codebook: trie of the items.
-        users: of the batch.
-        width: beams of a user.
-    """
-    depth, beams = codebook.max_depth, users * width
-    if isinstance(config, GeneratorConfig):
-        layers = config.num_decoder_layers
-        source = config.max_history * (1 if config.encoder_input == "item" else depth)
-        start = 2 if config.distill_weight and config.distill_position == "start" else 1
-    else:
-        layers, source, start = config.num_layers, 1 + config.max_history * depth, 0
-    copied = sum(2 * (start + level) - 1 for level in range(1, math.ceil(depth)))
-    at_work = max(
-        beams * _layer_values(config.dim, config.ffn_multiplier, config.num_heads, 1, source),
-        users * _layer_values(config.dim, config.ffn_multiplier, config.num_heads, source, source),
-    )
-    return FLOAT * (layers * 2 * config.dim * (users * source + beams * copied) + at_work)

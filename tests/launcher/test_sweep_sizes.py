@@ -11,7 +11,8 @@ import yaml
 
 from genrec_dist.config import Config, build_config, merge_setting
 from genrec_dist.evaluation.dense import HELD
-from genrec_dist.studies.sizes import Counts, search_memory
+from genrec_dist.studies.memory import search_memory
+from genrec_dist.studies.sizes import Counts
 from launcher.dryrun import section_loop
 from launcher.sweep import needs_of
 from launcher.sweep_machine import GIB, GPU_PROCESS_BYTES, MARGIN, PROCESS_BYTES, Machine
@@ -20,6 +21,8 @@ from launcher.sweep_sizes import SCORES, TrialSize, gpu_memory
 CONFIGS = Path(__file__).parents[2] / "configs"
 BEAUTY = Counts(22_363, 12_101, 198_502)
 FILES = {"generator": "frozen/prorec_beauty_time.yaml", "hstu": "hstu_beauty.yaml"}
+UNTAUGHT = {"generator.teacher_weight": 0, "generator.item_embedding_rate": 0}
+"""As the recipe was when the numbers below were measured."""
 KEYS = {"generator": "num_decoder_layers", "hstu": "num_layers"}
 MIB = 1 << 20
 
@@ -28,7 +31,7 @@ def trial(section: str, depth: int, **settings) -> Config:
     """A trial of configs/sweeps/depth_beauty.yaml."""
     values = yaml.safe_load((CONFIGS / FILES[section]).read_text())
     both = {f"{section}.{KEYS[section]}": depth, "hstu.optim.ema_decay": 0.999, "runtime.backend": "local", "name": "t"}
-    for key, value in (both | settings).items():
+    for key, value in (both | UNTAUGHT | settings).items():
         merge_setting(values, key, value)
     return build_config(values)
 
@@ -64,6 +67,16 @@ def test_estimates_are_above_the_peaks_of_the_allocator(section: str, peaks: dic
     """MiB in use at the most up to the second validation; the reserve of training and validation is more."""
     for depth, peak in peaks.items():
         assert 1.2 < estimate(section, depth) / (peak * MIB) < 1.7
+
+
+@pytest.mark.parametrize(
+    ("counts", "more"), [(BEAUTY, 1121 - 872), (Counts(35_598, 18_357, 296_337), 1409 - 1009)], ids=["beauty", "sports"]
+)
+def test_a_teacher_takes_what_it_took_of_an_h100(counts: Counts, more: int) -> None:
+    """MiB in use at the most before the first validation, with a teacher less those without."""
+    of = lambda **settings: section_loop(trial("generator", 4, **settings), "generator", counts, {}, [])[0]  # noqa: E731
+    taught, alone = of(**{"generator.teacher_weight": 0.5}), of()
+    assert 0.8 < (sum(taught.memory.values()) - sum(alone.memory.values())) / (more * MIB) < 1.2
 
 
 def test_a_validation_comes_on_top_of_the_training_and_is_as_large_as_its_batch() -> None:

@@ -27,6 +27,7 @@ from genrec_dist.generator.gpt import GptGenerator
 from genrec_dist.generator.model import Generator
 from genrec_dist.generator.search_tables import SearchTables
 from genrec_dist.identifiers.trie import Trie, build_trie
+from genrec_dist.studies.memory import search_memory, training_memory
 from genrec_dist.studies.sizes import (
     CodebookSize,
     Counts,
@@ -38,8 +39,6 @@ from genrec_dist.studies.sizes import (
     gpt_size,
     hstu_size,
     sasrec_size,
-    search_memory,
-    training_memory,
 )
 from genrec_dist.testing.tiny import tiny_generator, tiny_gpt, tiny_histories, tiny_trie
 

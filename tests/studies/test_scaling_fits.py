@@ -121,6 +121,52 @@ def test_what_a_seed_adds_at_every_depth_hides_nothing():
         assert offsets[0] - own == pytest.approx(np.log(given[shifted.points.seed == seed][0]))
 
 
+def on_a_curve_of_compute(factor: float | None, offset: float, noise: float, draw: int) -> list[Trial]:
+    """Two seeds on L = 8 + 40 C^-0.3; seed 1 spends `factor` times as much, or each run what is drawn for it."""
+    rng, made = np.random.default_rng(draw), []
+    for run in sweep(seeds=2):
+        times = rng.uniform(0.5, 2) if factor is None else factor**run.seed
+        compute = run.train_flops / 1e14 * times
+        bits = (8 + 40 * compute**-0.3) * np.exp(offset * (run.seed - 0.5) + rng.normal(0, noise))
+        made.append(dataclasses.replace(run, train_flops=compute, bits_per_item=bits))
+    return made
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.02])
+@pytest.mark.parametrize("factor", [1.0, 2.0, 3.0, None])
+def test_compute_that_differs_between_seeds_leaves_no_trace_in_offsets(factor, offset):
+    fit = fit_all(points(on_a_curve_of_compute(factor, offset, 1e-3, 0), size=COMPUTE), 200)
+    assert fit.power.alpha == pytest.approx(0.3, abs=0.02)
+    assert fit.power.noise < 2e-3
+    found = [fit.power.offsets[seed][0] for seed in (0, 1)]
+    assert found == pytest.approx([-offset / 2, offset / 2], abs=1e-3)
+    assert fit.best.curve.name == "power"
+    assert judge_power_law(fit.points, fit).supported
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [2.0, None])
+def test_intervals_over_compute_cover_the_truth_in_200_draws(factor):
+    laws = [
+        bootstrap(points(on_a_curve_of_compute(factor, 0.01, 4e-3, draw), size=COMPUTE), 400) for draw in range(200)
+    ]
+    shares = [np.mean([low <= true <= high for low, high in held]) for held, true in (
+        ([law.alpha_interval for law in laws], 0.3), ([law.e_interval for law in laws], 8.0)
+    )]  # fmt: skip
+    print(f"coverage of alpha and floor: {shares}")
+    assert min(shares) >= 0.90
+    assert max(shares) <= 0.98
+
+
+def test_a_run_of_a_seed_that_has_no_other_changes_little():
+    made = sweep(seeds=2, seed_effect=0.03, noise=0.002)
+    alone = dataclasses.replace(made[-1], name="alone", depth=48, seed=7, num_parameters={"layers": 48 * 200_000})
+    few, more = (bootstrap(points(trials), 200) for trials in (made, [*made, alone]))
+    assert more.noise < 3 * few.noise
+    assert more.offsets[7][0] == 0
+    assert more.offsets[0][0] == pytest.approx(few.offsets[0][0])
+
+
 def test_a_deeper_run_of_a_seed_that_has_no_shallower_one_is_not_predicted():
     made = [t for t in sweep(seeds=2) if t.seed == 0 or t.depth == 32]
     assert predict_held_out(points(made), 50).held_out.seed.tolist() == [0, 0]
@@ -134,6 +180,8 @@ def test_compute_that_does_not_rise_with_depth_supports_nothing():
     verdict = verdict_of(longer, size=COMPUTE)
     assert not verdict.supported
     assert "compute does not rise with depth" in verdict.sentence
+    threefold = [dataclasses.replace(t, train_flops=t.train_flops * (1, 3, 9)[t.seed]) for t in made]
+    assert "does not rise" not in verdict_of(threefold, size=COMPUTE).sentence
     worse = verdict_of(sweep(bits=lambda depth: 8 * depth**0.05), size=COMPUTE)
     assert "more compute does worse" in worse.sentence
 

@@ -21,7 +21,7 @@ from genrec_dist.artifacts.files import read_json
 from genrec_dist.errors import DataError
 from genrec_dist.studies.scaling.plot import end_labels, log_ticks, scientific, si
 from genrec_dist.studies.scaling.report import rewrite_report, write_report
-from genrec_dist.studies.scaling.trials import Trial, record_of, trials_of
+from genrec_dist.studies.scaling.trials import Trial, record_of, study_record
 
 HOSTILE = "</script><script>alert('x')</script>&<b>"
 FACTS = {"data": "made up", "order": "time", "generator": "of the tests"}
@@ -211,11 +211,17 @@ def test_a_report_is_written_again_from_its_record_alone(page, tmp_path):
 
 def test_what_a_record_cannot_hold_is_left_out_and_the_rest_comes_back():
     made = sweep(depths=(1,), seeds=1)[0]
-    curve = (dataclasses.replace(made.curve[0], bits_per_item=float("nan")), *made.curve[1:])
+    nan = float("nan")
+    first, second, *rest = made.curve
+    curve = (dataclasses.replace(first, bits_per_item=nan), dataclasses.replace(second, flops=nan), *rest)
     diverged = dataclasses.replace(made, curve=curve, mfu=float("inf"))
-    record = json.loads(json.dumps(record_of(diverged), allow_nan=False))
-    cleaned = (dataclasses.replace(made.curve[0], bits_per_item=None), *made.curve[1:])
-    assert trials_of([record], Path("x")) == [dataclasses.replace(made, curve=cleaned, mfu=None)]
+    record = {"title": "t", "facts": {}, "trials": [record_of(diverged)]}
+    kept = study_record(json.loads(json.dumps(record, allow_nan=False)), Path("x"))
+    cleaned = (dataclasses.replace(first, bits_per_item=None), *rest)
+    assert kept.trials == [dataclasses.replace(made, curve=cleaned, mfu=None)]
+
+
+RECORD = {"title": "t", "facts": {}, "trials": []}
 
 
 @pytest.mark.parametrize(
@@ -223,15 +229,19 @@ def test_what_a_record_cannot_hold_is_left_out_and_the_rest_comes_back():
     [
         (None, "FileNotFoundError"),
         ("{", "JSONDecodeError"),
-        ("[]", "not the record"),
-        ('{"title": "of an earlier version", "facts": {}}', "write the report from the runs"),
-        ('{"title": "t", "facts": {}, "trials": [{"name": "a"}]}', "trials.0.arm"),
+        ([], "whole file"),
+        ({"title": "of an earlier version", "facts": {}}, "trials"),
+        (RECORD | {"title": None}, "title"),
+        (RECORD | {"facts": {"data": 5}}, "facts.data"),
+        (RECORD | {"facts": {"schedule": None}}, "facts.schedule"),
+        (RECORD | {"trials": [{"name": "a"}]}, "trials.0.arm"),
+        (RECORD | {"trials": [{"name": "a", "arm": "a", "depth": 0, "seed": 0, "state": "pending"}]}, "trials.0.depth"),
     ],
 )
 def test_a_file_that_is_no_record_is_refused(tmp_path, content, said):
     record = tmp_path / "report.json"
     if content is not None:
-        record.write_text(content)
+        record.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(DataError, match=said):
         rewrite_report(record)
     assert not (tmp_path / "report.html").exists()

@@ -100,9 +100,15 @@ def test_what_a_seed_adds_is_found_about_zero_and_only_where_runs_tell_it():
     found = TwoWay(depth, seed).effects @ y
     assert found.mean() == pytest.approx(0, abs=1e-12)
     assert found[0] - found[1] == pytest.approx(0.03)
-    apart = TwoWay(np.array([1, 1, 2, 2]), np.array([0, 1, 2, 3]))
-    assert (apart.num_effects, apart.effects.any()) == (0, False)
-    assert TwoWay(np.array([1, 2, 4]), np.array([0, 0, 0])).num_effects == 0
+    alone = TwoWay(np.append(depth, 8), np.append(seed, 7))  # a run that nothing is compared with changes nothing
+    assert alone.num_effects == 2
+    assert alone.effects @ np.append(y, 99.0) == pytest.approx(np.append(found, 0.0))
+    blocks = TwoWay(np.array([1, 1, 2, 2]), np.array([0, 1, 2, 3]))
+    assert (blocks.num_effects, blocks.freedom) == (2, 0)
+    assert blocks.effects @ np.array([1.0, 3.0, 7.0, 5.0]) == pytest.approx([-1, 1, 1, -1])
+    apart = TwoWay(np.array([1, 2, 4, 8]), np.array([0, 0, 1, 1]))
+    assert apart.num_effects == 0
+    assert apart.effects == pytest.approx(np.zeros((4, 4)))
 
 
 def test_gain_of_full_layouts_is_the_mean_slope_of_the_seeds():

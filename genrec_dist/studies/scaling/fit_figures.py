@@ -82,7 +82,8 @@ def excess_over_sizes(study: ScalingStudy) -> Plot | None:
             if case.fit is None:
                 continue
             index, points, power = study.arms.index(arm), case.points, case.fit.power
-            excess = points.y - power.e
+            added = np.exp([power.offsets[seed][0] for seed in points.seed.tolist()])
+            excess = points.y / added - power.e
             shown = excess > 0
             lost += int((~shown).sum())
             hover = _hover(points.where(shown))
@@ -109,7 +110,10 @@ def excess_over_sizes(study: ScalingStudy) -> Plot | None:
             panels.append(Panel(f"L − E against {_short(size)}", traces, layout))
     if not panels:
         return None
-    caption = "Loss above its fitted floor E. On these axes a power law is a straight line of slope −α."
+    caption = (
+        "Loss above its fitted floor E, without what its seed adds at every depth. On these axes a power law is a "
+        "straight line of slope −α."
+    )
     if lost:
         caption += (
             f" {lost} run{'s lie' if lost > 1 else ' lies'} below the floor and cannot be drawn; the CSV has them."

@@ -1,7 +1,7 @@
 """Scaling fits of one arm: parameters with intervals, choice between families, prediction of runs left out.
 
 All runs enter, no mean over seeds does. What a seed adds to the log at every depth (its order of batches, Stage I,
-codes) is no noise of the run: it is estimated by depth (seeds.py), whatever the curve, and taken out. The loss is the
+codes) is no noise of the run: it is estimated from runs of one depth (seeds.py) and taken out. The loss is the
 sum over runs of Huber losses of log residuals with delta = 0.001 (Hoffmann et al. 2022, approach 3). Besiroglu et al.
 2024 showed what went wrong there: the mean instead of the sum let the optimiser stop early, and the intervals came out
 too narrow. Here the search is exhaustive (curves.py) and a test measures how often the intervals cover the truth. Reads
@@ -22,6 +22,8 @@ from genrec_dist.studies.scaling.points import Points
 from genrec_dist.studies.scaling.seeds import TwoWay
 
 NUM_RESAMPLES = 1000
+TURNS = 4
+"""Further fits of a curve and of what seeds add, in turn, where x differs between the runs of one depth."""
 HELD_OUT_ABOVE = 16
 """Layers up to which the extrapolation test fits; it predicts the deeper ones."""
 CONFIDENCE = 0.95
@@ -153,12 +155,40 @@ def fit_all(points: Points, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -
 
 def fit_curve(points: Points, name: CurveName) -> Solution:
     """One family through all points, what their seeds add taken out."""
-    return solve(CURVES[name], points.x, np.log(points.y) - _offsets(points), points.sign, points.limit)
+    return _fit(points, CURVES[name], np.log(points.y), _effects(points))[0]
 
 
-def _offsets(points: Points) -> np.ndarray:
-    """What each run's seed adds to log y. (num_runs,)."""
-    return TwoWay(points.depth, points.seed).effects @ np.log(points.y)
+def _effects(points: Points) -> np.ndarray:
+    return TwoWay(points.depth, points.seed).effects
+
+
+def _fit(
+    points: Points,
+    curve: Curve,
+    log_y: np.ndarray,
+    effects: np.ndarray,
+    unit: float | None = None,
+    kept: np.ndarray | None = None,
+) -> tuple[Solution, np.ndarray]:
+    """A curve and what the seeds add beside it, of one set of values or of many.
+
+    What a seed adds is judged by what runs of one depth leave of the curve. Where x is the same at a depth the curve
+    has no part in that, and once is enough. Compute differs between runs of one depth: then curve and offsets are
+    fitted by turns.
+
+    Shapes:
+        log_y: (num_runs,) or (num_sets, num_runs); effects: (num_runs, num_runs), or one for each set. Returns offsets
+        of the runs, (num_sets, num_runs).
+    """
+    log_y = np.atleast_2d(log_y)
+    of = lambda values: (effects @ values[..., None])[..., 0]  # noqa: E731
+    of_size = len(np.unique(np.stack([points.depth, points.x]), axis=1).T) == len(points.depths)
+    offsets = of(log_y) if of_size else np.zeros_like(log_y)
+    solution = solve(curve, points.x, log_y - offsets, points.sign, points.limit, unit=unit, kept=kept)
+    for _ in range(0 if of_size or not effects.any() else TURNS):
+        offsets = of(log_y - np.log(solution.predict(points.x)))
+        solution = solve(curve, points.x, log_y - offsets, points.sign, points.limit, unit=unit, kept=kept)
+    return solution, offsets
 
 
 def _offset_of_seeds(points: Points, offsets: np.ndarray) -> dict[int, np.ndarray]:
@@ -167,21 +197,27 @@ def _offset_of_seeds(points: Points, offsets: np.ndarray) -> dict[int, np.ndarra
 
 
 def _fit_family(points: Points, curve: Curve) -> FamilyFit:
-    solution, offsets = fit_curve(points, curve.name), _offsets(points)
-    residuals = np.log(points.y) - offsets - np.log(solution.predict(points.x)[0])
+    log_y = np.log(points.y)
+    solution, offsets = _fit(points, curve, log_y, _effects(points))
+    residuals = log_y - offsets[0] - np.log(solution.predict(points.x)[0])
     out = points.depth == np.array(points.depths)[:, None]
-    others = np.stack([_offsets_without(points, chosen) for chosen in out])
-    without = solve(curve, points.x, np.log(points.y) - others, points.sign, points.limit, kept=~out)
-    errors = (without.predict(points.x) * np.exp(others) / points.y - 1)[out]
+    others = np.stack([_effects_without(points, chosen) for chosen in out])
+    without, added = _fit(points, curve, np.broadcast_to(log_y, out.shape), others, kept=~out)
+    errors = (without.predict(points.x) * np.exp(added) / points.y - 1)[out]
     num_parameters = curve.num_parameters + TwoWay(points.depth, points.seed).num_effects
     return FamilyFit(solution, aicc(residuals, num_parameters), float(np.sqrt((errors**2).mean())))
 
 
-def _offsets_without(points: Points, out: np.ndarray) -> np.ndarray:
-    """What each run's seed adds, judged without the runs that are out; 0 for a seed that has no other."""
-    others = points.where(~out)
-    known = _offset_of_seeds(others, _offsets(others)[None])
-    return np.array([known[seed][0] if seed in known else 0.0 for seed in points.seed.tolist()])
+def _effects_without(points: Points, out: np.ndarray) -> np.ndarray:
+    """What turns values into what each run's seed adds, judged without the runs that are out; 0 for a seed that has no
+    other."""
+    others, kept = points.where(~out), np.flatnonzero(~out)
+    known, found = _effects(others), np.zeros((len(out), len(out)))
+    for row, seed in enumerate(points.seed.tolist()):
+        same = np.flatnonzero(others.seed == seed)
+        if len(same):
+            found[row, kept] = known[same[0]]
+    return found
 
 
 def aicc(residuals: np.ndarray, num_parameters: int) -> float:
@@ -225,17 +261,17 @@ def bootstrap(points: Points, num_resamples: int = NUM_RESAMPLES, seed: int = 0)
         Efron and Tibshirani 1993, 9.4 and 13.3; Davison and Hinkley 1997, 6.2.3 (widening); De Angelis, Hall and Young
         1993 (smoothing for least absolute residuals); Silverman 1986, equation 3.31 (width).
     """
-    fit, offsets, layout = fit_curve(points, "power"), _offsets(points), TwoWay(points.depth, points.seed)
+    layout = TwoWay(points.depth, points.seed)
+    fit, offsets = _fit(points, CURVES["power"], np.log(points.y), layout.effects)
     log_fit = np.log(fit.predict(points.x)[0])
-    residuals = np.log(points.y) - offsets - log_fit
+    residuals = np.log(points.y) - offsets[0] - log_fit
     n = len(residuals)
     fitted = CURVES["power"].num_parameters + layout.num_effects
     widened = (residuals - residuals.mean()) * np.sqrt(n / max(n - fitted, 1))
     noise = float(np.sqrt((widened**2).mean()))
     rng = np.random.default_rng(seed)
     draws = rng.choice(widened, (num_resamples, n)) + rng.normal(0, 0.9 * noise * n**-0.2, (num_resamples, n))
-    shifts = draws @ layout.effects.T
-    resamples = solve(CURVES["power"], points.x, log_fit + draws - shifts, points.sign, points.limit, unit=fit.unit)
+    resamples, shifts = _fit(points, CURVES["power"], log_fit + draws, layout.effects, unit=fit.unit)
 
     def interval(values: np.ndarray) -> Interval:
         low, high = np.quantile(values, TAILS)

@@ -157,13 +157,13 @@ def _typical(records: list[dict], name: str) -> float | None:
     return median(values) if values else None
 
 
-def _setting(config: Config, key: str) -> Any:
+def _setting(config: Config, key: str) -> str | int | float | bool:
     value: Any = config
     for part in key.split("."):
         if not hasattr(value, part):
             raise ConfigError("no such setting", where="varied", got=key, expected="a dotted configuration key")
         value = getattr(value, part)
-    return value
+    return value if isinstance(value, (str, int, float, bool)) else str(value)
 
 
 def _hardware(provenance: dict) -> str:

@@ -25,7 +25,7 @@ from genrec_dist.studies.scaling.fits import NUM_RESAMPLES
 from genrec_dist.studies.scaling.plot import Plot
 from genrec_dist.studies.scaling.points import COMPUTE, LOSS, LOWEST_LOSS
 from genrec_dist.studies.scaling.study import MAIN_SIZE, ScalingStudy, study_of
-from genrec_dist.studies.scaling.trials import Trial, record_of, trials_of
+from genrec_dist.studies.scaling.trials import Trial, record_of, study_record
 
 FIGURES = "figures"
 RECORD = "report.json"
@@ -98,16 +98,16 @@ def rewrite_report(record: Path, num_resamples: int = NUM_RESAMPLES) -> Path:
         DataError: the file is no report's record or holds no trials, as those of earlier versions.
     """
     try:
-        kept = read_json(record)
-        title, facts = kept["title"], dict(kept["facts"])
-    except (OSError, ValueError, TypeError, LookupError) as error:
+        plain = read_json(record)
+    except (OSError, ValueError) as error:
         raise DataError(
             "not the record of a scaling report",
             where=record,
             got=f"{type(error).__name__}: {error}",
             expected="a report.json that a sweep's report wrote",
         ) from error
-    return write_report(trials_of(kept.get("trials"), record), record.parent, title, facts, num_resamples)
+    kept = study_record(plain, record)
+    return write_report(kept.trials, record.parent, kept.title, kept.facts, num_resamples)
 
 
 def _sections(study: ScalingStudy, facts: Mapping[str, str]) -> list[Section]:

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 from scipy import stats
+from scipy.sparse.csgraph import connected_components
 
 BySeed = Mapping[int, Mapping[int, float]]
 """Depth -> seed -> value, of one arm."""
@@ -44,6 +45,7 @@ class TwoWay:
 
     Shapes:
         depth, seed: (num_runs,) int. design: (num_runs, num_depths + num_seeds), 0 and 1; inverse: its transpose's.
+        block: (num_runs,) int, equal where depths and seeds in common, or others between them, tie runs together.
 
     Source:
         Scheffé, The Analysis of Variance, 1959, chapter 4.
@@ -55,31 +57,29 @@ class TwoWay:
         self.of_seed = np.eye(len(self.seeds))[columns]
         self.design = np.concatenate([np.eye(len(self.depths))[rows], self.of_seed], axis=1)
         self.inverse = np.linalg.pinv(self.design)
-        self.rank = int(np.linalg.matrix_rank(self.design))
+        self.num_blocks, labels = connected_components(self.design.T @ self.design, directed=False)
+        self.block = labels[rows]
 
     @property
     def freedom(self) -> int:
         """Degrees of freedom of the residual."""
-        return len(self.design) - self.rank
+        return len(self.design) - len(self.depths) - self.num_effects
 
     @property
     def num_effects(self) -> int:
-        """What the seeds take beyond a common level: seeds - 1, or 0 where the runs do not tell them from depths."""
-        connected = self.rank == len(self.depths) + len(self.seeds) - 1
-        return len(self.seeds) - 1 if connected else 0
+        """What the seeds take beyond a level of each block: none for a seed that no other is compared with."""
+        return len(self.seeds) - self.num_blocks
 
     @cached_property
     def effects(self) -> np.ndarray:
-        """What turns the runs' values into what each one's seed adds, about 0 in the mean of the runs.
+        """What turns the runs' values into what each one's seed adds, about 0 in the mean of a block.
 
         Shapes:
-            (num_runs, num_runs); all 0 where nothing tells seeds from depths.
+            (num_runs, num_runs).
         """
-        num_runs = len(self.design)
-        if not self.num_effects:
-            return np.zeros((num_runs, num_runs))
         added = self.of_seed @ self.inverse[len(self.depths) :]
-        return added - added.mean(axis=0)
+        same = (self.block[:, None] == self.block).astype(float)
+        return added - same / same.sum(axis=1, keepdims=True) @ added
 
     def residual(self, y: np.ndarray) -> np.ndarray:
         """What the layout leaves of y."""

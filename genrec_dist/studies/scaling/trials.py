@@ -7,15 +7,15 @@ origin can be reported too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from genrec_dist.errors import DataError
 
+MOST_LAYERS = 1_000_000
 TrialState = Literal["finished", "running", "failed", "pending"]
 
 
@@ -66,7 +66,7 @@ class Trial:
 
     name: str
     arm: str
-    depth: int
+    depth: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
     seed: int
     state: TrialState
     reason: str | None = None
@@ -83,6 +83,15 @@ class Trial:
     commit: str = ""
 
 
+@dataclass(frozen=True)
+class StudyRecord:
+    """What a report is written from, as its report.json holds it."""
+
+    title: str
+    facts: dict[str, str]
+    trials: list[Trial]
+
+
 def record_of(trial: Trial) -> dict[str, Any]:
     """A trial as plain data for JSON; numbers that are not finite, which JSON has not, are left out."""
 
@@ -90,31 +99,30 @@ def record_of(trial: Trial) -> dict[str, Any]:
         if isinstance(value, dict):
             found = {key: plain(inner) for key, inner in value.items()}
             return {key: inner for key, inner in found.items() if inner is not None}
-        if isinstance(value, (list, tuple)):
-            return [plain(inner) for inner in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return plain(asdict(trial))
+    curve = [plain(asdict(point)) for point in trial.curve if math.isfinite(point.epoch) and math.isfinite(point.flops)]
+    return plain(asdict(trial)) | {"curve": curve}
 
 
-def trials_of(records: Any, where: Path) -> Sequence[Trial]:
-    """Trials from plain data.
+def study_record(record: Any, where: Path) -> StudyRecord:
+    """What a report is written from, out of plain data.
 
     Args:
-        records: list of them, as `record_of` makes them.
-        where: file that they stand in, for errors.
+        record: whole report.json.
+        where: file that it stands in, for errors.
 
     Raises:
-        DataError: it is no such list; the first fault is named.
+        DataError: it is no such record; the first fault is named.
     """
     try:
-        return TypeAdapter(list[Trial]).validate_python(records)
+        return TypeAdapter(StudyRecord).validate_python(record)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         raise DataError(
-            "not the trials of a scaling report",
-            where=f"{where}: {'.'.join(map(str, ('trials', *fault['loc'])))}",
-            got=fault["input"],
+            "not the record of a scaling report",
+            where=f"{where}: {'.'.join(map(str, fault['loc'])) or 'whole file'}",
+            got=str(fault["input"])[:200],
             expected=fault["msg"],
-            fix="a report.json that an earlier version wrote has no trials: write the report from the runs",
+            fix="write the report from the runs; a report.json of an earlier version has no trials",
         ) from error

@@ -100,10 +100,12 @@ def judge_power_law(points: Points, fit: Fit | None) -> Verdict:
 
 
 def _order(points: Points) -> float:
-    """Rank correlation of depth and compute; 1 where x is no compute or there is one depth."""
+    """Rank correlation of depth and a depth's mean compute; 1 where x is no compute or there is one depth."""
     if points.size != COMPUTE or len(points.depths) < 2:
         return 1.0
-    return float(spearmanr(points.depth, points.x).statistic)
+    return float(
+        spearmanr(points.depths, [np.log(points.x[points.depth == d]).mean() for d in points.depths]).statistic
+    )
 
 
 def _trust(fit: Fit) -> list[str]:

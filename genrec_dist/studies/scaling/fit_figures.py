@@ -33,6 +33,8 @@ from genrec_dist.studies.scaling.seeds import mean_of
 from genrec_dist.studies.scaling.study import MAIN_SIZE, Case, ScalingStudy
 
 GRID_POINTS = 90
+SEEDS_APART = 0.7
+"""Room that the seeds of a depth share on an axis of depths."""
 OTHER_SIZES = tuple(size for size in SIZES if size not in (MAIN_SIZE, COMPUTE))
 
 
@@ -154,19 +156,20 @@ def extrapolation(study: ScalingStudy) -> Plot | None:
                 at = np.flatnonzero(held.depth == depth)
                 place = len(ticks)
                 ticks.append(f"{arm}<br>{depth} layers")
-                mean = prediction.predicted[at].mean()
-                low, high = prediction.interval[:, at].mean(axis=1)
-                said = f"{arm}, {depth} layers\npredicted {mean:.4f}\n95% {low:.4f} to {high:.4f}"
+                beside = place + SEEDS_APART * (np.arange(len(at)) - (len(at) - 1) / 2) / len(at)
+                found, edges = prediction.predicted[at], prediction.interval[:, at].T
+                said = [
+                    f"{arm}, {depth} layers, seed {seed}\npredicted {mean:.4f}\n95% {low:.4f} to {high:.4f}"
+                    for seed, mean, (low, high) in zip(held.seed[at].tolist(), found, edges, strict=True)
+                ]
                 traces.append(
                     dots(
-                        [place - 0.12], [mean], index, arm, [said],
-                        marker={"color": colour(index), "symbol": "line-ew-open", "size": 16, "line": {"width": 2}},
-                        error_y=bars([mean], [(low, high)], colour(index)),
+                        beside - 0.04, found, index, arm, said,
+                        marker={"color": colour(index), "symbol": "line-ew-open", "size": 10, "line": {"width": 2}},
+                        error_y=bars(numbers(found), [(float(low), float(high)) for low, high in edges], colour(index)),
                     )
                 )  # fmt: skip
-                traces.append(
-                    dots([place + 0.12] * len(at), held.y[at], index, arm, _hover(held.where(held.depth == depth)))
-                )
+                traces.append(dots(beside + 0.04, held.y[at], index, arm, _hover(held.where(held.depth == depth))))
             rows += [
                 {
                     "arm": arm, "quantity": quantity, "over": MAIN_SIZE, "fitted_to_depth": prediction.fitted_to,
@@ -185,6 +188,7 @@ def extrapolation(study: ScalingStudy) -> Plot | None:
                     ticktext=ticks,
                     range=[-0.5, len(ticks) - 0.5],
                     showgrid=False,
+                    zeroline=False,
                     tickangle=0,
                 ),
                 "yaxis": axis(QUANTITIES[quantity]),
@@ -195,8 +199,8 @@ def extrapolation(study: ScalingStudy) -> Plot | None:
     fitted_to = rows[0]["fitted_to_depth"]
     caption = (
         f"A power law in {SIZES[MAIN_SIZE]} was fitted to runs of at most {fitted_to} layers and asked for the deeper "
-        "ones. Bar: prediction with the 95% interval of one run, in the mean of the seeds; the CSV has those of each "
-        "seed. Marks beside it: the runs themselves."
+        "ones. Bar: prediction with the 95% interval of one run, for each seed with what it adds at every depth. Mark "
+        "beside it: the run itself."
     )
     return Plot("extrapolation", panels, caption, rows, swatches(study.arms), small=len(panels) == 3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,3 +55,7 @@ def _entry(rank: int, world_size: int, rendezvous: str, function: Callable[..., 
         function(worker, *arguments)
     finally:
         dist.destroy_process_group()
+    # Its work is done and in files. The interpreter's end is left out: native threads of the libraries that are loaded
+    # can abort it there, as seen on a busy machine ("terminate called without an active exception").
+    sys.stdout.flush()
+    os._exit(0)

@@ -197,15 +197,15 @@ def _offset_of_seeds(points: Points, offsets: np.ndarray) -> dict[int, np.ndarra
 
 
 def _fit_family(points: Points, curve: Curve) -> FamilyFit:
-    log_y = np.log(points.y)
-    solution, offsets = _fit(points, curve, log_y, _effects(points))
+    log_y, layout = np.log(points.y), TwoWay(points.depth, points.seed)
+    solution, offsets = _fit(points, curve, log_y, layout.effects)
     residuals = log_y - offsets[0] - np.log(solution.predict(points.x)[0])
     out = points.depth == np.array(points.depths)[:, None]
     others = np.stack([_effects_without(points, chosen) for chosen in out])
     without, added = _fit(points, curve, np.broadcast_to(log_y, out.shape), others, kept=~out)
     errors = (without.predict(points.x) * np.exp(added) / points.y - 1)[out]
-    num_parameters = curve.num_parameters + TwoWay(points.depth, points.seed).num_effects
-    return FamilyFit(solution, aicc(residuals, num_parameters), float(np.sqrt((errors**2).mean())))
+    left_out = float(np.sqrt((errors**2).mean()))
+    return FamilyFit(solution, aicc(residuals, curve.num_parameters + layout.num_effects), left_out)
 
 
 def _effects_without(points: Points, out: np.ndarray) -> np.ndarray:

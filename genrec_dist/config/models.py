@@ -67,6 +67,11 @@ class GeneratorConfig(Section):
         "true item; 0: none",
     )
     teacher_temperature: float = Field(1.0, gt=0, description="divides Stage I's logits")
+    teacher_skips_history: bool = Field(
+        False,
+        description="leave items of the history out of Stage I's probabilities, for data where no user takes an item "
+        "twice",
+    )
     depth_buckets: bool = Field(
         False,
         description="with optim.length_buckets and head child: batches of targets of like code length first, and of "

@@ -196,7 +196,7 @@ def _teacher(config: GeneratorConfig, context: StageContext, settings: dict, wor
             fix="lower generator.optim.batch_size, or set generator.teacher_weight=0",
         )
     model = load_fusion(stage_one, text, context.inputs["fusion"])
-    return Teacher(model.to(worker.device), config.teacher_temperature)
+    return Teacher(model.to(worker.device), config.teacher_temperature, config.teacher_skips_history)
 
 
 def train_generator(worker: Worker, context: StageContext, settings: dict) -> None:

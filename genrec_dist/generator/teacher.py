@@ -14,13 +14,15 @@ class Teacher:
     Args:
         model: on the generator's device.
         temperature: divides its logits.
+        skip_history: leave out what stands in the history, and share its probability among the other items.
     """
 
-    def __init__(self, model: FusionModel, temperature: float = 1.0) -> None:
+    def __init__(self, model: FusionModel, temperature: float = 1.0, skip_history: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         with torch.no_grad():
             self.table = model.items()[2]
         self.scale = scale_of(model.config.similarity, model.config.temperature) / temperature
+        self.skip_history = skip_history
 
     @property
     def reads_times(self) -> bool:
@@ -29,10 +31,15 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, history: torch.Tensor, mask: torch.Tensor, times: torch.Tensor | None = None) -> torch.Tensor:
-        """Probability of each item to be the next.
+        """Probability of each item to be the next; all zero where the history, left out, holds the whole catalog.
 
         Shapes:
             history, mask, times: (B, S). Returns (B, num_items) float32.
         """
         with torch.autocast(history.device.type, enabled=False):
-            return (self.model.score_catalog(history, mask, times, self.table) * self.scale).softmax(1)
+            probs = (self.model.score_catalog(history, mask, times, self.table) * self.scale).softmax(1)
+        if not self.skip_history:
+            return probs
+        items = torch.where(mask, history, history[:, :1])  # padding repeats the first item
+        probs = probs.scatter(1, items, 0.0)
+        return probs / probs.sum(1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)

@@ -152,6 +152,19 @@ def test_a_teacher_gives_the_probabilities_that_stage_one_trains(backbone):
     torch.testing.assert_close(found.sum(1), torch.ones(4))
 
 
+def test_a_teacher_can_leave_out_what_stands_in_the_history():
+    torch.manual_seed(0)
+    section = FusionConfig(backbone="sasrec", dim=6, num_heads=2, max_history=6, temperature=0.2)
+    model = FusionModel(section, torch.from_numpy(tiny_embeddings(5)))
+    history = torch.tensor([[2, 3, 2, 0, 0], [4, 0, 0, 0, 0], [0, 1, 2, 3, 4]])
+    mask = torch.arange(5) < torch.tensor([3, 1, 5])[:, None]  # the last row's history is the whole catalog
+    every, found = Teacher(model)(history, mask), Teacher(model, skip_history=True)(history, mask)
+    for row, left in enumerate(([0, 1, 4], [0, 1, 2, 3], [])):
+        expected = torch.zeros(5)
+        expected[left] = every[row, left] / every[row, left].sum()
+        torch.testing.assert_close(found[row], expected)
+
+
 def test_the_teacher_is_no_part_of_the_model():
     taught, plain = taught_task(Worker()), generator_task(Worker())
     assert taught.model.state_dict().keys() == plain.model.state_dict().keys()
@@ -194,6 +207,20 @@ def test_stage_one_s_settings_and_text_belong_to_a_taught_generator():
     plain, taught = stage(), stage(generator={"teacher_weight": 0.5})
     assert set(taught.inputs) - set(plain.inputs) == {"semantic"}
     assert plain.key != taught.key
+
+
+def test_the_stage_builds_the_teacher_that_is_configured(monkeypatch, tmp_path):
+    write_embeddings(tmp_path, tiny_embeddings(NUM_ITEMS))
+    section = FusionConfig(dim=6, num_heads=2, temperature=0.2)
+    stage_one = FusionModel(section, torch.from_numpy(tiny_embeddings(NUM_ITEMS)))
+    monkeypatch.setattr(stage, "load_fusion", lambda *_: stage_one)
+    config = GeneratorConfig(teacher_weight=0.5, teacher_temperature=2.0, teacher_skips_history=True)
+    context = SimpleNamespace(inputs={"semantic": tmp_path, "fusion": tmp_path})
+    found = stage._teacher(config, context, {"fusion": section.model_dump()}, Worker())
+    expected = Teacher(stage_one, temperature=2.0, skip_history=True)
+    history, mask = torch.tensor([[3, 7]]), torch.ones(1, 2, dtype=torch.bool)
+    torch.testing.assert_close(found(history, mask), expected(history, mask))
+    assert not found(history, mask)[0, [3, 7]].any()
 
 
 def test_a_catalog_too_large_for_a_batch_is_refused(monkeypatch, tmp_path):

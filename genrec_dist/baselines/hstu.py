@@ -121,7 +121,7 @@ class HstuModel(nn.Module):
         """User state after each place, (B, W, D). Right padding needs no mask: no real place looks at it."""
         dim, length = self.config.dim, history.shape[1]
         place = torch.arange(length, device=history.device)
-        x_BWD = self.dropout(self.item.weight[history] * math.sqrt(dim) + self.position(place))
+        x_BWD = self.dropout(self.item(history) * math.sqrt(dim) + self.position(place))
         causal_WW = x_BWD.new_ones(length, length).tril() / self.config.max_history
         for layer, bias_BWW in zip(self.layers, self.biases(times)):
             x_BWD = layer(x_BWD, bias_BWW, causal_WW)

@@ -138,7 +138,7 @@ class Din(nn.Module):
             candidates_ND: (N, D) embeddings of the candidates, shared by the batch.
             returns: (B, N); cosines in [-1, 1] when `cosine`.
         """
-        rows_BLD = hide_items(table_ND[history_BL], self.item_dropout, self.training)
+        rows_BLD = hide_items(F.embedding(history_BL, table_ND), self.item_dropout, self.training)
         states_BLD = self.dropout(self.norm(rows_BLD + self.position(recency(mask_BL)) + beside_BLD))
         states_BLD = states_BLD + self.state(states_BLD)
         value_BLD = self.value(states_BLD)
@@ -201,7 +201,7 @@ class SasRec(nn.Module):
             beside_BLD: what is added to the items of the history.
         """
         length = history_BL.shape[1]
-        rows_BLD = hide_items(table_ND[history_BL], self.item_dropout, self.training)
+        rows_BLD = hide_items(F.embedding(history_BL, table_ND), self.item_dropout, self.training)
         x_BLD = rows_BLD + self.position(torch.arange(length, device=table_ND.device)) + beside_BLD
         x_BLD, branch = self.dropout(self.input_norm(x_BLD)), None
         for layer in self.layers:

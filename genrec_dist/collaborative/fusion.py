@@ -190,7 +190,8 @@ class FusionModel(nn.Module):
 
     def _sampled_loss(self, table, history, mask, target, negatives, target_items, batch) -> torch.Tensor:
         scale = scale_of(self.config.similarity, self.config.temperature)
-        candidates, beside = table[torch.cat([target, negatives])], self.beside(*history_of(batch)[2:])
+        candidates = F.embedding(torch.cat([target, negatives]), table)
+        beside = self.beside(*history_of(batch)[2:])
         if isinstance(self.backbone, Din):
             scores = self.backbone.scores(table, history, mask, candidates, beside) * scale
         else:

@@ -67,7 +67,7 @@ def blocked_softmax(
         query_BD: (B, D) float32. table_ND: (N, D) float32. targets_B: (B,) int64.
     """
     with torch.autocast(query_BD.device.type, enabled=False):
-        own = (query_BD * table_ND[targets_B]).sum(1) * scale
+        own = (query_BD * F.embedding(targets_B, table_ND)).sum(1) * scale
         return (_BlockedLogSumExp.apply(query_BD, table_ND, scale, block) - own).sum()
 
 

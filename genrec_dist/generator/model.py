@@ -186,7 +186,9 @@ class Generator(nn.Module):
     def node_tokens(self, nodes: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         """Decoder input of trie nodes, (..., D)."""
         if isinstance(self.head, ChildHead):
-            return self.node_in(table[nodes] if table is not None else self.head._unit(self.head.nodes(nodes)))
+            return self.node_in(
+                F.embedding(nodes, table) if table is not None else self.head._unit(self.head.nodes(nodes))
+            )
         return self._code_tokens(nodes)
 
     def decode(

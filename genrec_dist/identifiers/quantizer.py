@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from genrec_dist.config import RqvaeConfig
@@ -129,7 +130,7 @@ class ResidualQuantizer(nn.Module):
             for level, table in enumerate(self.codebooks):
                 residual = left.detach()
                 code = self._choose(residual, table, level == last)
-                chosen = table[code]
+                chosen = F.embedding(code, table)
                 codes.append(code)
                 residuals.append(residual)
                 if self.config.commitment == "levels" or level == last:

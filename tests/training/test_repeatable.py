@@ -13,7 +13,8 @@ import torch
 from genrec_dist.baselines.hstu import HstuModel
 from genrec_dist.baselines.sasrec import SasrecModel
 from genrec_dist.collaborative.fusion import FusionModel
-from genrec_dist.config import FusionConfig, HstuConfig, SasrecConfig
+from genrec_dist.config import FusionConfig, HstuConfig, RqvaeConfig, SasrecConfig
+from genrec_dist.identifiers.quantizer import ResidualQuantizer
 from genrec_dist.testing.tiny import tiny_embeddings, tiny_generator, tiny_trie
 
 NUM_ITEMS, ROWS, LENGTH = 20, 256, 20
@@ -29,6 +30,18 @@ def generator() -> torch.nn.Module:
     return tiny_generator(trie, dim=64, max_history=LENGTH, embedding_dim=32, dropout=0.1).train()
 
 
+class Codebooks(torch.nn.Module):
+    """RQ-VAE's codes, learned by gradients, of 4,096 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantizer = ResidualQuantizer(RqvaeConfig(codebook="gradient"), 2, 8, 32)
+        self.rows = torch.randn(4096, 32)
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        return {"loss": self.quantizer(self.rows).codebook.sum()}
+
+
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "fusion_din": lambda: stage_one(backbone="din"),
     "fusion_sasrec": lambda: stage_one(backbone="sasrec"),
@@ -36,6 +49,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "sasrec": lambda: SasrecModel(SasrecConfig(dim=32, num_heads=2, dropout=0.1), NUM_ITEMS).train(),
     "hstu": lambda: HstuModel(HstuConfig(dim=32, num_heads=2, dropout=0.1), NUM_ITEMS).train(),
     "generator": generator,
+    "rqvae": Codebooks,
 }
 
 

@@ -41,5 +41,5 @@ class Teacher:
         if not self.skip_history:
             return probs
         items = torch.where(mask, history, history[:, :1])  # padding repeats the first item
-        probs = probs.scatter(1, items, 0.0)
-        return probs / probs.sum(1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
+        probs.scatter_(1, items, 0.0)
+        return probs.div_(probs.sum(1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny))

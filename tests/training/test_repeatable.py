@@ -75,8 +75,6 @@ def test_gradients_do_not_depend_on_which_thread_was_first(two_threads, name):
         "times": torch.arange(LENGTH + 1).expand(ROWS, -1) * 3600,
         "negatives": torch.randint(NUM_ITEMS, (ROWS * 8,)),
         "count": ROWS,
-    }
-    batch |= {
         "align_items": torch.arange(NUM_ITEMS),
         "align_anchors": torch.arange(NUM_ITEMS),
         "align_count": NUM_ITEMS,
